@@ -1,0 +1,2 @@
+"Every public name of the package; lives beside the generated modules and is written by hand"
+from .datasets import *
