@@ -6,9 +6,10 @@
 __all__ = ['DatasetError', 'read_idx', 'read_npz', 'read_pickle', 'get_test', 'get_data', 'dataset_classes', 'show_image',
            'show_images']
 
-# %% ../nbs/00_datasets.ipynb #1e0d78d0
+# %% ../nbs/00_datasets.ipynb #8170b6bb
 import gzip, io, math, os, pickle, struct, threading, warnings, zipfile
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
@@ -64,12 +65,13 @@ def read_idx(path # a file in IDX format (MNIST's own), plain or gzipped
         f.read_end()
     return a
 
-# %% ../nbs/00_datasets.ipynb #7ee80673
+# %% ../nbs/00_datasets.ipynb #6a0768fb
 def read_npz(path # a zip archive made by `np.savez` with one unnamed array, `arr_0`, as KMNIST's are; plain or gzipped
             )->np.ndarray: # the array, of whole numbers, floats or booleans; writable
     "Read the array `arr_0` of an npz file without ever unpickling; anything else in it, or a size that disagrees, is a `DatasetError`"
     with _reading(path) as f:
-        archive = io.BytesIO(f.f.read(_max_bytes)) if isinstance(f.f, gzip.GzipFile) else f.f
+        archive = f.f   # a zip is read from its end, so a gzipped one has to be unpacked first, as far as `_max_bytes`
+        if isinstance(archive, gzip.GzipFile): archive = io.BytesIO(b''.join(islice(iter(lambda: f.f.read(2**20), b''), _max_bytes>>20)))
         with zipfile.ZipFile(archive) as z:
             if 'arr_0.npy' not in z.namelist(): raise ValueError(f'it holds no array `arr_0`, but {z.namelist()[:5]}')
             f.f = z.open('arr_0.npy')                               # from here on, `f` reads what the zip unpacks, and counts
@@ -117,7 +119,7 @@ class _ArrayUnpickler(pickle._Unpickler):
         if f'{module}.{name}' in _numpy_names: return _numpy_names[f'{module}.{name}']
         raise ValueError(f'it asks for {module}.{name}, which is no part of a numpy array')
 
-# %% ../nbs/00_datasets.ipynb #1986b092
+# %% ../nbs/00_datasets.ipynb #f06b5e6a
 def read_pickle(path # a pickle of pairs of numpy arrays, like `mnist.pkl.gz`; plain or gzipped
                )->tuple: # tuple of tuples of arrays, as in the file: for MNIST `((x, y), (x, y), (x, y))`
     "Read numpy arrays from a pickle without running it; one that asks for anything but numpy's array constructors is a `DatasetError`"
@@ -125,6 +127,8 @@ def read_pickle(path # a pickle of pairs of numpy arrays, like `mnist.pkl.gz`; p
         try: pairs = _ArrayUnpickler(f, encoding='bytes').load()
         except KeyError as e: raise ValueError(f'it uses pickle instruction {bytes(e.args)}, which no numpy array needs') from e
         f.read_end()
+        def full(o, kind): return isinstance(o, tuple) and o and all(kind(p) for p in o)
+        if not full(pairs, lambda pair: full(pair, lambda o: isinstance(o, _Array))): raise ValueError('it does not hold pairs of arrays')
         return tuple(tuple(o.a for o in pair) for pair in pairs)
 
 # %% ../nbs/00_datasets.ipynb #5b8e6be8
@@ -168,9 +172,17 @@ def _folders(name, path=None):
     roots = [Path(p) for _,p in said if p] + [pooch.os_cache('minibatch')]
     return [d for r in roots for d in (r/name, r)]
 
-# %% ../nbs/00_datasets.ipynb #8bb3ee61
+# %% ../nbs/00_datasets.ipynb #4f3f1dd2
+def _to_bytes(x, file):
+    "Pixels as bytes: `mnist.pkl.gz` holds floats, byte/256, and copies of it sometimes byte/255"
+    if x.dtype.kind!='f': return x
+    lo,hi = x.min(),x.max()
+    if not (lo>=0 and hi<=1): raise DatasetError(f'{file} cannot be used: its pixels go from {lo} to {hi}, not 0 to 1. {_remedy}')
+    # the conversion cuts off what is behind the point, so half a step more makes sure that a rounding error does not cost a whole one
+    return np.multiply(x, 256.5 if hi<1 else 255.5, out=np.empty(x.shape, np.uint8), casting='unsafe')
+
 _first_labels = {'mnist':  {'train': '5041921314353617', 'test': '7210414959069015'},
-                 'kmnist': {'train': '8701424811510571', 'test': '2938346478210473'}}
+                 'kmnist': {'train': '8701424811510576', 'test': '2938338325633315'}}
 
 def _read_pair(name, part, folder):
     "Images and labels of one part of data set `name`, if `folder` has both files in one of the formats, else None"
@@ -186,8 +198,8 @@ def _read_pair(name, part, folder):
     if name=='mnist' and (p := there('mnist.pkl')):
         pairs = read_pickle(p)
         if [len(pair) for pair in pairs] != [2,2,2]: raise DatasetError(f'{p} does not hold three pairs of images and labels. {_remedy}')
-        if part=='test': return *pairs[2], [p,p]
-        return *(np.concatenate([a,b]) for a,b in zip(*pairs[:2])), [p,p]
+        pairs = pairs[2:] if part=='test' else pairs[:2]
+        return np.concatenate([_to_bytes(x, p) for x,_ in pairs]), np.concatenate([y for _,y in pairs]), [p,p]
 
 # %% ../nbs/00_datasets.ipynb #7d6ef161
 def _answering(urls, seconds=8):
@@ -221,7 +233,7 @@ def _download(name, part, folders):
                 "or use 'digits', which needs no file.")
     return cache
 
-# %% ../nbs/00_datasets.ipynb #0ea4b975
+# %% ../nbs/00_datasets.ipynb #ff4e90dc
 def _to_tensors(x, y, files):
     "Images (n,28,28) or (n,784) and labels (n,), as read, to float32 (n,784) in [0,1] and int64 (n,)"
     def no(file, why): raise DatasetError(f'{file} cannot be used: {why}. {_remedy}')
@@ -229,12 +241,8 @@ def _to_tensors(x, y, files):
     if y.ndim!=1 or y.dtype.kind not in 'iu': no(files[1], f'it holds {y.dtype} of shape {y.shape}, not one whole number per image')
     if len(x)!=len(y) or not len(x): no(files[1], f'there are {len(y):,} labels for {len(x):,} images')
     if y.min()<0 or y.max()>255:     no(files[1], f'label {y[(y<0)|(y>255)][0]} is outside 0..255')
-    if x.dtype==np.uint8: x = torch.from_numpy(x)/255
-    else:   # mnist.pkl.gz holds byte/256: back to bytes, so that both sources give the same tensors
-        x = torch.from_numpy(x.astype(np.float32, copy=False))
-        if not (x.min()>=0 and x.max()<=1): no(files[0], f'its pixels go from {x.min()} to {x.max()}, and 0 to 1 is expected')
-        if x.max()<1: x = x.mul_(256).div_(255)
-    return x.view(-1,784), torch.from_numpy(y.astype(np.int64))
+    if x.dtype!=np.uint8:            no(files[0], f'it holds {x.dtype}, and pixels are bytes')
+    return torch.from_numpy(x).view(-1,784).float().div_(255), torch.from_numpy(y.astype(np.int64))
 
 # %% ../nbs/00_datasets.ipynb #e2cbc5cc
 _names = ('mnist', 'kmnist', 'digits')

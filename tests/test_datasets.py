@@ -1,0 +1,395 @@
+"Damaged and hostile files, downloads that fail, and agreement with the published data"
+import gzip, hashlib, http.server, io, os, pickle, socket, struct, subprocess, sys, threading, tracemalloc, zipfile
+from contextlib import contextmanager
+from pathlib import Path
+import numpy as np, pytest, torch
+from hypothesis import example, given, settings, strategies as st, HealthCheck
+from minibatch import datasets
+from minibatch.datasets import *
+from conftest import SHARED
+
+MIB = 2**20
+
+def idx(a): return struct.pack(f'>HBB{a.ndim}I', 0, 8, a.ndim, *a.shape) + a.tobytes()
+def npz(a, **kw):
+    f = io.BytesIO()
+    np.savez_compressed(f, *([] if kw else [a]), **kw)
+    return f.getvalue()
+def read(reader, data, tmp_path, name='file'):
+    (tmp_path/name).write_bytes(data)
+    return reader(tmp_path/name)
+
+x8,y8 = (t.numpy() for t in get_data('digits')[2:])
+x8,y8 = (x8[:20].reshape(-1,28,28)*255).round().astype(np.uint8), y8[:20].astype(np.uint8)
+floats = (x8.reshape(-1,784)/256).astype(np.float32), y8.astype(np.int64)
+
+# ---- what is published ----
+
+def test_checksums_are_those_of_the_published_files(shared):
+    for name in ('mnist', 'kmnist'):
+        for file,sha in datasets._sha256[name].items():
+            if (shared/name/file).exists(): assert hashlib.sha256((shared/name/file).read_bytes()).hexdigest()==sha
+
+def test_mnist_from_idx_and_from_pickle_is_the_same(shared, tmp_path, bare):
+    (tmp_path/'mnist.pkl.gz').symlink_to(shared/'mnist'/'mnist.pkl.gz')
+    a, b = get_data('mnist', shared), get_data('mnist', tmp_path)
+    assert [len(t) for t in a]==[50_000, 50_000, 10_000, 10_000]
+    for t,u in zip((*a, *get_test('mnist', shared)), (*b, *get_test('mnist', tmp_path))): assert t.dtype==u.dtype and t.equal(u)
+    raw = np.frombuffer(gzip.decompress((shared/'mnist'/'train-images-idx3-ubyte.gz').read_bytes()), np.uint8, offset=16).reshape(-1,784)
+    assert np.array_equal((torch.cat(a[::2])*255).round().to(torch.uint8).numpy(), raw)
+
+def test_kmnist_from_npz_and_from_idx_is_the_same(shared, tmp_path, bare):
+    for f in ('t10k-images-idx3-ubyte.gz', 't10k-labels-idx1-ubyte.gz'): (tmp_path/f).symlink_to(shared/'kmnist'/f)
+    for t,u in zip(get_test('kmnist', shared), get_test('kmnist', tmp_path)): assert t.equal(u)
+
+@pytest.mark.parametrize('n_valid,sizes', [(None,(50_000,10_000)), (0,(60_000,10_000)), (1,(59_999,1))])
+def test_n_valid(shared, n_valid, sizes):
+    x,y,xv,yv = get_data('mnist', shared, n_valid=n_valid)
+    assert (len(x), len(xv))==(len(y), len(yv))==sizes
+
+def test_kmnist_subset_in_a_folder_of_its_own(shared, bare):
+    x,y,xv,yv = get_data('kmnist', shared/'kmnist-8k')
+    assert (len(x), len(xv))==(8000-8000//6, 8000//6)
+    assert len(get_data('kmnist', shared/'kmnist-8k', n_valid=0)[2])==2000
+
+def test_digits():
+    x,y,xv,yv = get_data('digits')
+    assert x.shape==(1500,784) and xv.shape==(297,784) and x.dtype==torch.float32 and y.dtype==torch.int64
+    assert 0==x.min() and x.max()<=1
+    both = torch.cat([x, xv]).view(-1,28,28)
+    assert both[:,:4].sum()==both[:,-4:].sum()==both[:,:,:4].sum()==both[:,:,-4:].sum()==0    # the frame
+    raw = np.load(Path(datasets.__file__).with_name('digits.npz'))
+    assert torch.cat([y, yv]).bincount().tolist()==np.bincount(raw['y']).tolist()
+    share = yv.bincount()/torch.cat([y, yv]).bincount()
+    assert (share-297/1797).abs().max()<0.01                                                   # stratified
+    assert all(torch.equal(a,b) for a,b in zip(get_data('digits'), get_data('digits')))
+
+# ---- damaged files ----
+
+def formats():
+    pkl = pickle.dumps((floats,)*3, protocol=4)
+    files = [(read_idx, idx(x8)), (read_idx, idx(y8)), (read_npz, npz(x8)), (read_npz, npz(y8)), (read_pickle, pkl)]
+    if (SHARED/'mnist').is_dir():     # the real ones, as far as they are small enough to be read thousands of times
+        files += [(read_idx, gzip.decompress((SHARED/'mnist'/'t10k-labels-idx1-ubyte.gz').read_bytes())),
+                  (read_npz, (SHARED/'kmnist'/'kmnist-test-labels.npz').read_bytes())]
+    return [(r,d) for r,b in files for d in (b, gzip.compress(b))]
+
+FORMATS = formats()
+edit = st.tuples(st.sampled_from('flip cut insert delete repeat'.split()), st.floats(0,1), st.binary(min_size=1, max_size=8))
+
+def mutate(data, edits):
+    for kind,where,b in edits:
+        # half of the edits go to the first 300 bytes, where the headers are
+        i = int(where*2*min(300, len(data))) if where<0.5 else int((where-0.5)*2*len(data))
+        if   kind=='flip':   data = data[:i] + bytes(x^y for x,y in zip(data[i:i+len(b)], b)) + data[i+len(b):]
+        elif kind=='cut':    data = data[:i]
+        elif kind=='insert': data = data[:i] + b + data[i:]
+        elif kind=='delete': data = data[:i] + data[i+len(b):]
+        elif kind=='repeat': data = data + data[i:]
+    return data
+
+def plainly(reader, data):
+    "What the undamaged parts of Python and numpy make of `data`, to compare with"
+    if data[:2]==b'\x1f\x8b': data = gzip.decompress(data)
+    if reader is read_npz: return np.load(io.BytesIO(zipfile.ZipFile(io.BytesIO(data)).read('arr_0.npy')), allow_pickle=False)
+    return np.frombuffer(data, np.uint8, offset=4+4*data[3]).reshape(struct.unpack(f'>{data[3]}I', data[4:4+4*data[3]]))
+
+@settings(max_examples=2500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(st.sampled_from(range(len(FORMATS))), st.lists(edit, min_size=1, max_size=4))
+def test_mutated_files_are_read_right_or_refused(tmp_path, which, edits):
+    reader, data = FORMATS[which]
+    data = mutate(data, edits)
+    tracemalloc.start()
+    try:
+        try: a = read(reader, data, tmp_path)
+        except DatasetError as e: assert 'file' in str(e) and ('Replace' in str(e))
+        else:
+            if reader is read_pickle: assert all(isinstance(o, np.ndarray) for pair in a for o in pair)
+            else: assert np.array_equal(a, plainly(reader, data))
+        assert tracemalloc.get_traced_memory()[1] < 8*MIB
+    finally: tracemalloc.stop()
+
+def corrupt_zip(b): return b[:60] + bytes(8) + b[68:]
+def npy_npz(header, body=b''):
+    f = io.BytesIO()
+    h = header.encode() + b'\n'
+    with zipfile.ZipFile(f, 'w') as z: z.writestr('arr_0.npy', b'\x93NUMPY\1\0' + struct.pack('<H', len(h)) + h + body)
+    return f.getvalue()
+
+BAD = {
+    'wrong magic':       (read_idx, b'\0\0\7\1' + struct.pack('>I', 3) + b'abc', 'begins with'),
+    'no dimensions':     (read_idx, b'\0\0\x08\0', 'begins with'),
+    'too many':          (read_idx, b'\0\0\x08\x05' + struct.pack('>5I', 1,1,1,1,1) + b'a', 'begins with'),
+    'html':              (read_idx, b'<!DOCTYPE html><html>404</html>', 'begins with'),
+    'empty':             (read_idx, b'', 'cut short'),
+    'header cut':        (read_idx, idx(x8)[:9], 'cut short'),
+    'cut':               (read_idx, idx(x8)[:-1], 'cut short'),
+    'trailing':          (read_idx, idx(x8)+b'x', 'goes on'),
+    'gzip cut':          (read_idx, gzip.compress(idx(x8))[:-20], 'EOFError'),
+    'gzip broken':       (read_idx, gzip.compress(idx(x8))[:200]+b'xxxx'+gzip.compress(idx(x8))[204:], 'rror'),
+    'gzip trailing':     (read_idx, gzip.compress(idx(x8))+b'xxxx', 'BadGzipFile'),
+    'huge promise':      (read_idx, struct.pack('>HBB3I', 0, 8, 3, 2**31, 28, 28), 'claims'),
+    'overflowing':       (read_idx, struct.pack('>HBB4I', 0, 8, 4, *[2**32-1]*4), 'claims'),
+    '200 MB promise':    (read_idx, struct.pack('>HBB1I', 0, 8, 1, 200_000_000) + b'abc', 'cut short'),
+    'gzip bomb':         (read_idx, gzip.compress(idx(y8) + bytes(50*MIB)), 'goes on'),
+    'not a zip':         (read_npz, idx(x8), 'BadZipFile'),
+    'zip cut':           (read_npz, npz(x8)[:-30], 'BadZipFile'),
+    'zip broken':        (read_npz, corrupt_zip(npz(x8)), ''),
+    'no arr_0':          (read_npz, npz(x8, images=x8), 'arr_0'),
+    'objects':           (read_npz, npz(np.array([print, 1], dtype=object)), 'object'),
+    'strings':           (read_npz, npz(np.array(['a', 'b'])), 'not numbers'),
+    'npy huge promise':  (read_npz, npy_npz("{'descr': '|u1', 'fortran_order': False, 'shape': (100000000000,)}", b'abc'), 'takes'),
+    'npy negative':      (read_npz, npy_npz("{'descr': '|u1', 'fortran_order': False, 'shape': (-1,)}", b'abc'), ''),
+    'npy expression':    (read_npz, npy_npz("{'descr': '|u1', 'fortran_order': False, 'shape': (print(1),)}", b'abc'), 'malformed'),
+    'zip bomb':          (read_npz, npz(np.zeros(300*MIB, np.uint8)), 'claims'),
+    'gzipped zip bomb':  (read_npz, gzip.compress(b'PK' + bytes(40*MIB)), 'BadZipFile'),
+    'pickle cut':        (read_pickle, pickle.dumps((floats,)*3, protocol=2)[:-30], ''),
+    'pickle trailing':   (read_pickle, pickle.dumps((floats,)*3, protocol=4)+b'.', 'goes on'),
+    'pickled number':    (read_pickle, pickle.dumps(1), 'pairs of arrays'),
+    'pickled nothing':   (read_pickle, pickle.dumps(((),)), 'pairs of arrays'),
+    'pickled objects':   (read_pickle, pickle.dumps(((np.array([{}], dtype=object),)*2,)), ''),
+}
+
+@pytest.mark.parametrize('case', BAD)
+@pytest.mark.parametrize('name', ['plain', 'packed.gz'])
+def test_bad_files(tmp_path, case, name):
+    reader, data, why = BAD[case]
+    if name=='packed.gz' and data[:2]!=b'\x1f\x8b': data = gzip.compress(data)
+    if case=='gzipped zip bomb': limit = 100*MIB     # a zip can only be read from its end, so this one is unpacked first, up to the limit
+    else: limit = 3*MIB + 4*len(data)
+    tracemalloc.start()
+    with pytest.raises(DatasetError, match=name) as e: read(reader, data, tmp_path, name)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert why in str(e.value) and 'Replace' in str(e.value)
+    assert peak<limit
+
+def test_missing_and_unreadable(tmp_path):
+    with pytest.raises(DatasetError, match='nowhere'): read_idx(tmp_path/'nowhere')
+    with pytest.raises(DatasetError): read_npz(tmp_path)
+
+# ---- hostile pickles ----
+
+def hostile(canary):
+    "Programs that, in Python's own unpickler, make the file `canary` (`runs=True`), exhaust memory, or crash"
+    code = f"open({str(canary)!r},'w').close()"
+    s = code.encode()
+    class Reduce:
+        def __reduce__(self): return exec, (code,)
+    class Nested:
+        def __reduce__(self): return tuple, ([Reduce(), Reduce()],)
+    class InArray:
+        def __reduce__(self): return np.frombuffer, (b'abcd', Reduce())
+    short = lambda t: b'\x8c' + bytes([len(t)]) + t.encode()
+    runs = {f'reduce {p}': pickle.dumps(Reduce(), protocol=p) for p in range(6)}
+    runs |= {f'nested {p}': pickle.dumps((floats, Nested()), protocol=p) for p in (2,4,5)}
+    runs |= {
+        'inst':  b"(S" + repr(code).encode() + b"\ni__builtin__\nexec\n.",
+        'obj':   b"(c__builtin__\nexec\nS" + repr(code).encode() + b"\no.",
+        'stacked global': b'\x80\x04' + short('builtins') + short('exec') + b'\x93' + b'X' + struct.pack('<I', len(s)) + s + b'\x85R.',
+        'global by memo': b'\x80\x04' + short('exec') + b'\x94' + short('builtins') + b'\x94' + b'0' + b'0' + b'h\1h\0\x93'
+                          b'X' + struct.pack('<I', len(s)) + s + b'\x85R.',
+        'inside an array': pickle.dumps(InArray(), protocol=4),
+    }
+    rest = {
+        'attributes of a name':  b'\x80\x04' + short('numpy._core.multiarray') + short('_reconstruct.__globals__') + b'\x93.',
+        'set state of a class':  b'\x80\x02cnumpy\ndtype\n(K\x01K\x02tb.',
+        'set state of a function': b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n}U\x08__code__K\x01sb.',
+        'slots of a function':   b'\x80\x02cnumpy.core.multiarray\n_reconstruct\nN}U\x08__code__K\x01s\x86b.',
+        'call ndarray':          b'\x80\x02cnumpy\nndarray\n(J\x00\x00\x00\x7ftR.',
+        'reconstruct 1 TB':      b'\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n\x8a\x06\0\0\0\0\0\1\x85U\1btR.',
+        'memo index 4 billion':  b'\x80\x02Nr\xff\xff\xff\xff.',
+        'a string of 2 GB':      b'\x80\x02T\xff\xff\xff\x7fabc.',
+        'bytes of 1 TB':         b'\x80\x05\x96' + struct.pack('<Q', 2**40) + b'abc.',
+        'a frame of 1 TB':       b'\x80\x04\x95' + struct.pack('<Q', 2**40) + b'N.',
+        'a deep tuple as a key': b'\x80\x02}N' + b'\x85'*500_000 + b'Ns.',
+        'a million instructions': b'\x80\x02' + b'N'*1_000_000 + b'.',
+        'billion laughs':        b'\x80\x02N' + b''.join(b'q%ch%c\x86' % (i,i) for i in range(60)) + b'.',
+        'a persistent id':       b'\x80\x02K\x01Q.',
+        'an extension':          b'\x80\x02\x82\x01.',
+        'pop from nothing':      b'\x80\x020000.',
+        'get from an empty memo': b'\x80\x02h\x05.',
+        'array of objects':      b'\x80\x02' + b'cnumpy\ndtype\nU\x02O8K\0K\1\x87R.',
+        'no stop':               b'\x80\x02N',
+    }
+    return runs, rest
+
+RUNS, REST = hostile('canary')
+
+@pytest.mark.parametrize('case', RUNS)
+def test_hostile_pickles_run_in_pickle_and_not_in_ours(case, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for data in (RUNS[case], gzip.compress(RUNS[case])):
+        with pytest.raises(DatasetError): read(read_pickle, data, tmp_path)
+        assert not (tmp_path/'canary').exists()
+    try: pickle.loads(RUNS[case])     # and it is not the test that is harmless
+    except Exception: pass
+    assert (tmp_path/'canary').exists()
+
+@pytest.mark.parametrize('case', REST)
+def test_hostile_pickles_are_refused(case, tmp_path):
+    tracemalloc.start()
+    with pytest.raises(DatasetError): read(read_pickle, REST[case], tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8*MIB
+
+@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60))
+def test_random_pickle_programs(tmp_path, program):
+    with pytest.raises(DatasetError): read(read_pickle, b'\x80\x04cnumpy.core.multiarray\n_reconstruct\n' + program + b'.', tmp_path)
+
+# ---- images and labels that do not belong together ----
+
+def put(folder, x, y, part='train'):
+    t = dict(train='train', test='t10k')[part]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder/f'{t}-images-idx3-ubyte').write_bytes(idx(x))
+    (folder/f'{t}-labels-idx1-ubyte.gz').write_bytes(gzip.compress(idx(y)))
+
+@pytest.mark.parametrize('x,y,why', [(x8, y8[:-1], '19 labels for 20 images'), (x8[:,:27], y8, '28 by 28'), (x8, x8, 'one whole number'),
+                                     (y8, y8, '28 by 28'), (x8[:0], y8[:0], '0 labels')])
+def test_pairs_that_disagree(bare, tmp_path, x, y, why):
+    put(tmp_path/'mnist', x, y)
+    with pytest.raises(DatasetError, match=why) as e: get_data('mnist', tmp_path)
+    assert 'ubyte' in str(e.value)
+
+@pytest.mark.parametrize('x,y,why', [(floats[0], floats[1]+300, 'outside'), (floats[0], -floats[1], 'outside'), (floats[0], floats[0], 'one whole number'),
+    (floats[0]*3, floats[1], 'pixels go from'), (floats[0]*np.nan, floats[1], 'pixels go from'), (floats[0], floats[1][:5], '10 labels for 40')])
+def test_pickles_that_disagree(bare, tmp_path, x, y, why):
+    (tmp_path/'mnist.pkl').write_bytes(pickle.dumps(((x,y),)*3, protocol=4))
+    with pytest.raises(DatasetError, match=why): get_data('mnist', tmp_path)
+
+def test_pickle_with_too_few_pairs(bare, tmp_path):
+    (tmp_path/'mnist.pkl').write_bytes(pickle.dumps((floats,)*2, protocol=4))
+    with pytest.raises(DatasetError, match='three pairs'): get_data('mnist', tmp_path)
+
+def test_big_endian_labels_and_pixels_of_a_255th(bare, tmp_path):
+    x,y = (x8.reshape(-1,784)/255).astype(np.float32), y8.astype('>i4')
+    (tmp_path/'mnist.pkl').write_bytes(pickle.dumps(((x,y),)*3, protocol=4))
+    xt,yt,*_ = get_data('mnist', tmp_path)
+    assert np.array_equal(xt.numpy()[:5], x[:5]) and np.array_equal(yt.numpy()[:5], y8[:5])
+
+def test_one_alphabet_is_not_taken_for_the_other(bare, tmp_path):
+    for name,other in (('mnist','kmnist'), ('kmnist','mnist')):
+        for part,labels in datasets._first_labels[other].items():
+            put(tmp_path/other/part, x8[:16], np.array(list(labels)).astype(np.uint8), part)
+            with pytest.raises(DatasetError, match=f'belongs to {other}'): (get_test if part=='test' else get_data)(name, tmp_path/other/part)
+
+def test_first_labels_are_those_of_the_published_files(shared):
+    for name,parts in datasets._first_labels.items():
+        for part,labels in parts.items():
+            y = read_idx(shared/name/f'{datasets._idx_names(part)[1]}.gz')
+            assert ''.join(map(str, y[:16]))==labels
+
+def test_names_and_folders_that_do_not_exist(bare, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'mnist', 'kmnist', 'digits'"): get_data('minst')
+    with pytest.raises(ValueError, match='minst'): dataset_classes('minst')
+    with pytest.raises(DatasetError, match='path is'): get_data('mnist', tmp_path/'nowhere')
+    monkeypatch.setenv('MINIBATCH_DATA', 'nowhere')
+    with pytest.raises(DatasetError, match='MINIBATCH_DATA is'): get_test('mnist')
+    for n in (-1, 1500): 
+        with pytest.raises(ValueError, match='n_valid'): get_data('digits', n_valid=n)
+
+# ---- downloads ----
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    "Serves `self.server.files`, well or in one of the ways in which servers fail"
+    def log_message(self, *args): pass
+    def do_HEAD(self): self.do_GET()
+    def do_GET(self):
+        data, how = self.server.files.get(self.path.split('/')[-1], b''), self.server.how
+        if how=='redirect' and not self.path.endswith('.html'):
+            self.send_response(302); self.send_header('Location', '/login.html'); self.end_headers(); return
+        status = how if isinstance(how, int) else 200
+        if status!=200 or how=='redirect': data = b'<!DOCTYPE html><html>Sorry</html>'
+        self.send_response(status); self.send_header('Content-Length', str(len(data))); self.end_headers()
+        if self.command=='HEAD': return
+        if how=='wrong': data = bytes([data[0]^1]) + data[1:]
+        if how=='cut': data = data[:len(data)//2]
+        self.wfile.write(data)
+        if self.command=='GET': self.server.served.append(self.path)
+
+@contextmanager
+def serving(files, how=200):
+    s = http.server.ThreadingHTTPServer(('localhost', 0), Handler)
+    s.files, s.how, s.served = files, how, []
+    threading.Thread(target=s.serve_forever, daemon=True).start()
+    try: yield f'http://localhost:{s.server_port}/', s
+    finally: s.shutdown(); s.server_close()
+
+@pytest.fixture
+def files(monkeypatch):
+    "The published test files where they are at hand, else the digits in their form"
+    names = [f'{n}.gz' for n in datasets._idx_names('test')]
+    if (SHARED/'mnist').is_dir(): return {n: (SHARED/'mnist'/n).read_bytes() for n in names}
+    files = dict(zip(names, [gzip.compress(idx(x8)), gzip.compress(idx(y8))]))
+    monkeypatch.setitem(datasets._sha256, 'mnist', {n: hashlib.sha256(b).hexdigest() for n,b in files.items()})
+    return files
+
+def check(xy, files):
+    x,y = xy
+    raw = gzip.decompress(files['t10k-labels-idx1-ubyte.gz'])
+    assert y.tolist()==list(raw[8:]) and x.shape==(len(y),784)
+
+FAULTS = [404, 503, 'refused', 'cut', 'wrong', 'redirect']
+
+@contextmanager
+def faulty(files, fault):
+    if fault=='refused':
+        with socket.socket() as s:     # a port that was free a moment ago
+            s.bind(('localhost', 0)); port = s.getsockname()[1]
+        yield f'http://localhost:{port}/'
+    else:
+        with serving(files, fault) as (url,_): yield url
+
+@pytest.mark.parametrize('fault', FAULTS)
+def test_a_mirror_that_fails(bare, files, monkeypatch, fault):
+    with faulty(files, fault) as url:
+        monkeypatch.setitem(datasets._urls, 'mnist', [url])
+        with pytest.raises(DatasetError) as e: get_test('mnist')
+        assert url in str(e.value) and "'digits'" in str(e.value) and str(bare) in str(e.value) and 't10k-images' in str(e.value)
+        if isinstance(fault, int): assert str(fault) in str(e.value)
+        assert not [p for p in bare.rglob('*') if p.is_file()]              # nothing half-written, under any name
+        with serving(files) as (good,server):
+            monkeypatch.setitem(datasets._urls, 'mnist', [url, good])
+            check(get_test('mnist'), files)
+            n = len(server.served)
+            check(get_test('mnist'), files)                                # the second time from the cache
+            assert len(server.served)==n
+    assert sorted(p.name for p in bare.rglob('*') if p.is_file())==sorted(files)
+
+def test_a_server_that_never_answers(monkeypatch):
+    with socket.socket() as s:
+        s.bind(('localhost', 0)); s.listen()
+        url = f'http://localhost:{s.getsockname()[1]}/'
+        ok,failed = datasets._answering([url], seconds=0.3)
+    assert ok==[] and list(failed)==[url]
+
+def test_a_name_lookup_that_never_ends(monkeypatch):
+    forever = threading.Event()
+    monkeypatch.setattr(socket, 'getaddrinfo', lambda *a, **kw: forever.wait())
+    assert datasets._answering(['http://example.invalid/'], seconds=0.3)[0]==[]
+    forever.set()
+
+def test_without_a_name_the_digits_come_with_a_warning(bare, files, monkeypatch):
+    with faulty(files, 'refused') as url:
+        monkeypatch.setitem(datasets._urls, 'mnist', [url])
+        with pytest.warns(UserWarning, match='digits instead of MNIST, because') as w: x,*_ = get_data()
+    assert len(x)==1500 and url in str(w[0].message)
+
+def test_two_processes_at_the_same_time(bare, files):
+    with serving(files) as (url,_):
+        code = f'''from minibatch import datasets
+datasets._urls['mnist'], datasets._sha256['mnist'] = [{url!r}], {datasets._sha256['mnist']!r}
+print(datasets.get_test('mnist')[1].sum().item())'''
+        ps = [subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) for _ in range(2)]
+        outs = [p.communicate()[0].strip() for p in ps]
+    want = sum(gzip.decompress(files['t10k-labels-idx1-ubyte.gz'])[8:])
+    assert outs==[str(want)]*2
+    assert sorted(p.name for p in bare.rglob('*') if p.is_file())==sorted(files)
+
+def test_a_damaged_file_in_the_cache_says_so(bare, files, monkeypatch):
+    (bare/'mnist').mkdir(parents=True)
+    for n,b in files.items(): (bare/'mnist'/n).write_bytes(b[:-30])
+    with pytest.raises(DatasetError, match='delete it to have it downloaded again'): get_test('mnist')
