@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['train', 'main']
 
-# %% ../nbs/08_cli.ipynb #0df0ecde
+# %% ../nbs/08_cli.ipynb #644ba34d
 import os, sys, time
 from pathlib import Path
 import torch
 from torch import nn
 import torch.nn.functional as F
 from fastcore.script import anno_parser
-from .datasets import get_data, DatasetError
+from .datasets import get_data, dataset_classes, DatasetError
 
 # %% ../nbs/08_cli.ipynb #b4029a1c
 def _epochs(model, x_train, y_train, x_valid, y_valid, epochs, bs, lr):
@@ -31,12 +31,14 @@ def _epochs(model, x_train, y_train, x_valid, y_valid, epochs, bs, lr):
         valid_loss, acc = F.cross_entropy(preds, y_valid), (preds.argmax(1)==y_valid).float().mean()
         yield epoch, total.item()/len(x_train), valid_loss.item(), acc.item(), time.perf_counter()-start
 
-# %% ../nbs/08_cli.ipynb #5d70bdc4
+# %% ../nbs/08_cli.ipynb #f7abbe71
 def _put(path, write):
     "Let `write` make a file under a temporary name, then give it the name `path`"
-    tmp = path.with_name(path.name+'.tmp')
-    write(tmp)
-    os.replace(tmp, path)
+    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')     # two runs may write to the same folder
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    finally: tmp.unlink(missing_ok=True)
 
 _default_epochs = dict(digits=30, mnist=5, kmnist=5)
 
@@ -50,8 +52,9 @@ def train(
 ):
     "Train a small network on handwriting, print a line per epoch, and leave the results in a folder"
     if epochs is None: epochs = _default_epochs.get(dataset, 1)
-    for name,bad in dict(epochs=epochs<1, bs=bs<1, lr=not 0<lr<float('inf'), seed=not 0<=seed<2**63).items():
+    for name,bad in dict(epochs=epochs<1, bs=not 0<bs<2**31, lr=not 0<lr<float('inf'), seed=not 0<=seed<2**63).items():
         if bad: raise ValueError(f'--{name} is {locals()[name]}, which is out of range')
+    dataset_classes(dataset)                   # complains about an unknown name
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)     # before training: a folder that cannot be made should be known now
     data = get_data(dataset)

@@ -2,17 +2,18 @@ import os
 from pathlib import Path
 import pytest
 
-SHARED = Path(os.environ.get('MINIBATCH_DATA') or Path(__file__).parents[2]/'shared'/'data')
+SHARED = Path(os.environ.get('MINIBATCH_DATA') or 'nowhere').absolute()
 
 @pytest.fixture(scope='session')
 def shared():
     "The folder with the published files, where there is one"
-    if not (SHARED/'mnist').is_dir(): pytest.skip('no folder with the published MNIST and KMNIST files')
+    if not (SHARED/'mnist').is_dir(): pytest.skip('MINIBATCH_DATA names no folder with the published MNIST and KMNIST files')
     return SHARED
 
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
     "An environment without data: no `MINIBATCH_DATA`, and an empty cache folder, which is returned"
     monkeypatch.delenv('MINIBATCH_DATA', raising=False)
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))                # for programs that a test starts
+    monkeypatch.setattr('pooch.os_cache', lambda project: tmp_path/'cache'/project)
     return tmp_path/'cache'/'minibatch'
