@@ -66,7 +66,7 @@ def read_idx(path # a file in IDX format (MNIST's own), plain or gzipped
         f.read_end()
     return a
 
-# %% ../nbs/00_datasets.ipynb #579ca792
+# %% ../nbs/00_datasets.ipynb #b94b5f12
 def read_npz(path # a zip archive made by `np.savez` with one unnamed array, `arr_0`, as KMNIST's are; plain or gzipped
             )->np.ndarray: # the array, of whole numbers, floats or booleans; writable
     "Read the array `arr_0` of an npz file without ever unpickling; anything else in it, or a size that disagrees, is a `DatasetError`"
@@ -80,11 +80,13 @@ def read_npz(path # a zip archive made by `np.savez` with one unnamed array, `ar
         archive.seek(max(0, archive.seek(0, 2)-42))
         end = archive.read().rjust(42)
         sig, size, comment = struct.unpack('<20x4s8xI4xH', end)
-        if sig!=b'PK\5\6' or comment or end[:4]==b'PK\6\7' or size>2**16: raise ValueError('it is not a zip archive of a few arrays, or cut short')
+        if sig!=b'PK\5\6' or comment or end[:4]==b'PK\6\7' or size>2**16:
+            raise ValueError('it is not a zip archive of a few arrays, or cut short')
         with zipfile.ZipFile(archive) as z:
             if 'arr_0.npy' not in z.namelist(): raise ValueError(f'it holds no array `arr_0`, but {z.namelist()[:5]}')
             info = z.getinfo('arr_0.npy')
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): raise ValueError('it is compressed as numpy never does')
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError('it is compressed as numpy never does')
             f.f = z.open(info)                                      # from here on, `f` reads what the zip unpacks, and counts
             data = f.read(info.file_size)
             f.read_end()
@@ -174,13 +176,14 @@ _sha256 = dict(
 
 def _idx_names(part): return [f'{dict(train="train", test="t10k")[part]}-{what}-ubyte' for what in ('images-idx3', 'labels-idx1')]
 
-# %% ../nbs/00_datasets.ipynb #2016c7cf
+# %% ../nbs/00_datasets.ipynb #4e0ab53e
 def _folders(name, path=None):
     "The folders where files of data set `name` may be, in the order in which to look"
     import pooch
     said = {'path': path, 'MINIBATCH_DATA': os.environ.get('MINIBATCH_DATA') or None}
     for what,p in said.items():
-        if p is not None and not os.path.isdir(p): raise DatasetError(f'{what} is {p!r}, which is not a folder. Name an existing one, or none.')
+        if p is not None and not os.path.isdir(p):
+            raise DatasetError(f'{what} is {p!r}, which is not a folder. Name an existing one, or none.')
     roots = [Path(p) for p in said.values() if p is not None] + [pooch.os_cache('minibatch')]
     return [d for r in roots for d in (r/name, r)]
 
@@ -200,7 +203,7 @@ def _checked(x, y, files):
     if x.dtype!=np.uint8: no(files[0], f'it holds {x.dtype}, and pixels are bytes')
     return x.reshape(-1,784), y
 
-# %% ../nbs/00_datasets.ipynb #8ae57649
+# %% ../nbs/00_datasets.ipynb #28a87ead
 _first_labels = {'mnist':  {'train': '5041921314353617', 'test': '7210414959069015'},
                  'kmnist': {'train': '8701424811510576', 'test': '2938338325633315'},
               'Fashion-MNIST': {'train': '9003027255095579', 'test': '9211614657457341'}}
@@ -220,7 +223,8 @@ def _read_pair(name, part, folder):
     if name=='mnist' and (p := there('mnist.pkl')):
         pairs = read_pickle(p)
         if [len(pair) for pair in pairs] != [2,2,2]: raise DatasetError(f'{p} does not hold three pairs of images and labels. {_remedy}')
-        xs,ys = zip(*(_checked(*pair, [p,p]) for pair in (pairs[2:] if part=='test' else pairs[:2])))
+        pairs = list(pairs[2:] if part=='test' else pairs[:2])
+        xs,ys = zip(*(_checked(*pairs.pop(0), [p,p]) for _ in range(len(pairs))))     # popped: floats go as soon as there are bytes
         return np.concatenate(xs), np.concatenate(ys)
 
 # %% ../nbs/00_datasets.ipynb #56eb6bbc
@@ -284,7 +288,7 @@ def get_test(name:str, # 'mnist', 'kmnist' or 'digits'
     "The published test set: 10,000 images, or the 297 held-out digits; `DatasetError` if it is neither here nor to be had"
     return _get_part(name, 'test', path)
 
-# %% ../nbs/00_datasets.ipynb #9f5b3476
+# %% ../nbs/00_datasets.ipynb #3f30af5f
 def get_data(name:str=None, # 'mnist', 'kmnist' or 'digits'; None: MNIST if it can be had, else the digits, with a warning
              path=None, # a folder to look in first: `<path>/<name>/`, then `<path>/`; then `$MINIBATCH_DATA`, then the user's cache folder
              n_valid:int=None # how many images from the end of the training set to hold out; 0: validate on the published test set;
@@ -298,7 +302,8 @@ def get_data(name:str=None, # 'mnist', 'kmnist' or 'digits'; None: MNIST if it c
         name = 'digits'
     x,y = _get_part(name, 'train', path)
     if n_valid is None: n_valid = 0 if name=='digits' else len(x)//6
-    if not 0<=n_valid<len(x): raise ValueError(f'n_valid={n_valid} of {len(x):,} training images: it must be 0 or more and leave some to train on')
+    if not 0<=n_valid<len(x):
+        raise ValueError(f'n_valid={n_valid} of {len(x):,} training images: it must be 0 or more and leave some to train on')
     if n_valid==0: return x, y, *get_test(name, path)
     return x[:-n_valid], y[:-n_valid], x[-n_valid:], y[-n_valid:]
 
