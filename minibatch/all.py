@@ -1,2 +1,4 @@
 "Every public name of the package; lives beside the generated modules and is written by hand"
 from .datasets import *
+from .backprop import *
+from .losses import *

@@ -1,0 +1,212 @@
+"The losses against PyTorch in float64: any shape, dim, dtype and magnitude; gradients of both orders; infinities; errors"
+import pytest, torch, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from itertools import accumulate
+from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.testing import assert_close
+from minibatch.losses import softmax, logsumexp, log_softmax, nll, cross_entropy
+
+inf,nan = float('inf'),float('nan')
+halves = torch.float16,torch.bfloat16
+dtypes = torch.float64,torch.float32,*halves
+ints = torch.uint8,torch.int8,torch.int16,torch.int32,torch.int64,torch.uint16,torch.uint32,torch.uint64
+fuzz = settings(deadline=None, max_examples=150, derandomize=True)
+maps = [(softmax, F.softmax), (log_softmax, F.log_softmax), (logsumexp, torch.logsumexp)]
+
+def near(ours, exact, scale=0.):
+    "`ours` has its dtype's precision, relative to `exact` or to the size `scale` of what went in"
+    eps = torch.finfo(ours.dtype).eps
+    exact = exact.to(ours.dtype).double()   # what a half precision cannot hold is inf there too
+    assert_close(ours.double(), exact, rtol=16*eps, atol=16*eps*(1+scale), equal_nan=True)
+
+@st.composite
+def tensors(draw, min_dims=0, min_side=0, mags=(1., 30., 1e4)):
+    "A random tensor of any shape, dtype and magnitude, sometimes not contiguous"
+    shape = draw(st.lists(st.integers(min_side, 5), min_size=min_dims, max_size=4))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(shape, generator=g, dtype=torch.float64)*draw(st.sampled_from(mags)) + draw(st.sampled_from((0., 0., 1e4, -1e4)))
+    x = x.to(draw(st.sampled_from(dtypes)))
+    return x.transpose(0, -1) if x.ndim>1 and draw(st.booleans()) else x
+
+@st.composite
+def problems(draw, min_dims=1):
+    "Scores, and targets of a random integer type"
+    x = draw(tensors(min_dims=min_dims))
+    dim = min(x.ndim, 2)-1
+    shape = x.shape[:dim]+x.shape[dim+1:]
+    if not x.shape[dim]: x = x.new_zeros(*x.shape[:dim], 3, *x.shape[dim+1:])
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    return x, torch.randint(0, x.shape[dim], shape, generator=g).to(draw(st.sampled_from(ints)))
+
+def derivs(f, x, seed=0):
+    "Value, gradient and gradient of the gradient of `f` at `x`, each for a fixed random direction"
+    g = torch.Generator().manual_seed(seed)
+    x = x.clone().requires_grad_()
+    y = f(x)
+    w,v = torch.randn(y.shape, generator=g, dtype=torch.float64),torch.randn(x.shape, generator=g, dtype=torch.float64)
+    g1, = grad(y, x, w.to(y.dtype), create_graph=True)
+    g2, = grad(g1, x, v.to(x.dtype))
+    return y.detach(),g1.detach(),g2
+
+@pytest.mark.parametrize('ours,theirs', maps)
+@fuzz
+@given(x=tensors(), data=st.data())
+def test_maps(ours, theirs, x, data):
+    dim = data.draw(st.integers(-max(x.ndim,1), max(x.ndim,1)-1))
+    y,exact = ours(x, dim),theirs(x.double(), dim)
+    assert y.dtype==x.dtype and y.shape==exact.shape
+    near(y, exact)
+    if ours is logsumexp: assert logsumexp(x, dim, keepdim=True).shape==x.logsumexp(dim, keepdim=True).shape
+
+@pytest.mark.parametrize('ours,theirs', maps)
+@fuzz
+@given(x=tensors(min_dims=1, min_side=1), data=st.data())
+def test_maps_derivs(ours, theirs, x, data):
+    dim = data.draw(st.integers(-x.ndim, x.ndim-1))
+    # in float64 PyTorch's own gradient of logsumexp, exp(x-lse), is no better than eps*|x|
+    scale = 20+x.abs().max().item()*(ours is logsumexp and x.dtype==torch.float64)
+    for a,b in zip(derivs(lambda x: ours(x, dim), x), derivs(lambda x: theirs(x, dim), x.double())): near(a, b, scale)
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@fuzz
+@given(xt=problems())
+def test_cross_entropy(reduction, xt):
+    x,t = xt
+    ours   = derivs(lambda x: cross_entropy(x, t, reduction), x)
+    theirs = derivs(lambda x: F.cross_entropy(x, t.long(), reduction=reduction), x.double())
+    assert ours[0].dtype==x.dtype and ours[0].shape==theirs[0].shape
+    for a,b in zip(ours, theirs): near(a, b, scale=20)
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@fuzz
+@given(xt=problems())
+def test_nll(reduction, xt):
+    x,t = xt
+    y,exact = nll(x, t, reduction),F.nll_loss(x.double(), t.long(), reduction=reduction)
+    assert y.dtype==x.dtype and y.shape==exact.shape
+    near(y, exact, scale=x.double().abs().max().item() if x.numel() else 0)
+
+rows = [[inf,0.,1.], [-inf,0.,1.], [-inf]*3, [inf,inf,0.], [inf,-inf,0.], [nan,0.,1.], [0.,-inf,-inf], [1e4,-1e4,0.]]
+
+@pytest.mark.parametrize('dt', dtypes)
+@pytest.mark.parametrize('row', rows)
+def test_infinite(row, dt):
+    x = torch.tensor([row,[0.,1.,2.]], dtype=dt)   # and an ordinary row, which must not notice
+    fs = [(lambda x,f=f: f(x, -1), lambda x,g=g: g(x, -1)) for f,g in maps]
+    fs += [(lambda x,t=t: cross_entropy(x, t, 'none'), lambda x,t=t: F.cross_entropy(x, t, reduction='none')) for t in torch.tensor([[0,0],[1,1],[2,2]])]
+    for ours,theirs in fs:
+        for a,b in zip(derivs(ours, x), derivs(theirs, x.double())): near(a, b, scale=20)
+
+@pytest.mark.parametrize('n,c', [(0,10), (0,0)])
+def test_empty(n, c):
+    x,t = torch.zeros(n, c, requires_grad=True),torch.zeros(n).long()
+    for r in 'mean','sum','none': assert_close(cross_entropy(x, t, r), F.cross_entropy(x, t, reduction=r), equal_nan=True)
+    assert grad(cross_entropy(x, t, 'sum'), x)[0].shape==x.shape
+
+@pytest.mark.parametrize('shape', [(4,), (3,4), (2,4,3), (2,3,2,2)])
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+def test_gradcheck(shape, reduction):
+    torch.manual_seed(0)
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    t = torch.randint(0, 3, shape[:1]*(len(shape)>1)+shape[2:])
+    f = lambda x: cross_entropy(x, t, reduction)
+    assert gradcheck(f, x) and gradgradcheck(f, x)
+    third = lambda x: grad(f(x).sum(), x, create_graph=True)[0]
+    assert gradgradcheck(third, x)
+
+def test_gradient_penalty():
+    "The loss and its gradient together, so that both outputs of the Function receive gradients at once"
+    torch.manual_seed(0)
+    x,t = torch.randn(5, 4, dtype=torch.float64, requires_grad=True),torch.tensor([0,1,2,3,1])
+    def penalised(ce):
+        loss = ce(x, t)
+        return grad(loss + grad(loss, x, create_graph=True)[0].pow(2).sum(), x)[0]
+    assert_close(penalised(cross_entropy), penalised(F.cross_entropy))
+
+@pytest.mark.parametrize('dt', halves)
+def test_half_sums(dt):
+    "Half precisions are summed in float32: many classes cost no digits and do not overflow"
+    torch.manual_seed(0)
+    x,t = torch.randn(4, 70_000).to(dt),torch.tensor([0,1,2,3])
+    for f,g in *maps, (lambda x,_: cross_entropy(x, t, 'none'), lambda x,_: F.cross_entropy(x, t, reduction='none')):
+        assert_close(f(x, -1).double(), g(x.double(), -1), rtol=torch.finfo(dt).eps, atol=2**-24)   # float16's smallest step
+
+def test_backward_twice():
+    x,t = torch.randn(3, 4, requires_grad=True),torch.tensor([0,1,3])
+    loss = cross_entropy(x, t)
+    a, = grad(loss, x, retain_graph=True)
+    b, = grad(loss, x)
+    assert torch.equal(a, b)   # nothing that was saved has been written over
+    before = x.detach().clone()
+    cross_entropy(x, t).backward()
+    assert torch.equal(x.detach(), before)
+
+def test_functorch():
+    from torch.func import grad, vmap, jacrev, functional_call
+    torch.manual_seed(0)
+    x,t = torch.randn(5, 4, dtype=torch.float64),torch.randint(0, 4, (5,))
+    for d in grad, lambda f: vmap(grad(f)), lambda f: jacrev(jacrev(f)):
+        assert_close(d(cross_entropy)(x, t), d(F.cross_entropy)(x, t))
+    net = torch.nn.Linear(4, 3).double()
+    loss = lambda ce: lambda p: ce(functional_call(net, p, (x,)), t.clamp(max=2))
+    params = dict(net.named_parameters())
+    for a,b in zip(grad(loss(cross_entropy))(params).values(), grad(loss(F.cross_entropy))(params).values()): assert_close(a, b)
+
+@pytest.mark.filterwarnings('ignore')
+def test_compile():
+    x,t = torch.randn(5, 4, dtype=torch.float64, requires_grad=True),torch.randint(0, 4, (5,))
+    step = torch.compile(cross_entropy, fullgraph=True, backend='aot_eager')
+    assert_close(step(x, t), F.cross_entropy(x, t))
+    assert_close(grad(step(x, t), x), grad(F.cross_entropy(x, t), x))
+
+def test_memory():
+    "Never more than F.cross_entropy has at its peak; and without gradients one array, not two"
+    def peak(f):
+        with torch.profiler.profile(profile_memory=True) as prof: f()
+        return max(accumulate(e.nbytes() for e in prof.profiler.kineto_results.events() if e.name()=='[memory]'))
+    x,t = torch.randn(256, 1000, requires_grad=True),torch.randint(0, 1000, (256,))
+    assert peak(lambda: grad(cross_entropy(x, t), x)) < peak(lambda: grad(F.cross_entropy(x, t), x))
+    with torch.no_grad(): assert peak(lambda: cross_entropy(x, t)) < 1.1*x.nbytes
+
+x34,t3 = torch.zeros(3,4),torch.tensor([0,1,3])
+bad = [
+    (x34, torch.tensor([0,1,4]),        IndexError, r'target holds 4, but there are 4 classes: expected 0 to 3'),
+    (x34, torch.tensor([0,-1,5]),       IndexError, r'target holds -1'),
+    (x34, torch.tensor([0,-100,1]),     IndexError, r'target holds -100.*ignore_index'),
+    (x34, torch.tensor([0,255,1]).byte(), IndexError, r'target holds 255'),
+    (torch.zeros(2,3,2), torch.tensor([[0,1],[2,7]]), IndexError, r'target holds 7'),
+    (torch.zeros(4), torch.tensor(9),   IndexError, r'target holds 9'),
+    (torch.zeros(3,0), t3,              IndexError, r'there are 0 classes'),
+    (x34, t3.float(),                   ValueError, r'torch.float32.*expected integers'),
+    (x34, F.one_hot(t3).float(),        ValueError, r'\(3, 4\).*argmax'),
+    (x34, t3.bool(),                    ValueError, r'torch.bool'),
+    (x34, t3[:2],                       ValueError, r'target has shape \(2,\) but input has \(3, 4\); expected a target of shape \(3,\)'),
+    (x34, t3[:,None],                   ValueError, r'\(3, 1\).*expected a target of shape \(3,\)'),
+    (x34, torch.tensor(1),              ValueError, r'target has shape \(\)'),
+    (torch.zeros(2,4,5), t3,            ValueError, r'expected a target of shape \(2, 5\)'),
+    (torch.tensor(1.), torch.tensor(0), ValueError, r'input has shape \(\).*\(C,\), \(N,C\)'),
+    (t3, x34,                           ValueError, r'torch.int64'),
+]
+
+@pytest.mark.parametrize('f', [nll, cross_entropy])
+@pytest.mark.parametrize('x,t,ex,msg', bad)
+def test_errors(f, x, t, ex, msg):
+    with pytest.raises(ex, match=msg): f(x, t)
+    if x.is_floating_point():
+        with pytest.raises(ex, match=msg): f(x.clone().requires_grad_(), t)
+
+@fuzz
+@given(xt=problems(), data=st.data())
+def test_one_bad_target(xt, data):
+    "One wrong label among good ones is always found, wherever it is"
+    x,t = xt
+    n = x.shape[min(x.ndim, 2)-1]
+    if not t.numel() or not x.numel(): return
+    t,i,v = t.long().contiguous(),data.draw(st.integers(0, t.numel()-1)),data.draw(st.sampled_from([-1, -100, n, n+1, 2**40]))
+    t.view(-1)[i] = v
+    for f in nll,cross_entropy:
+        with pytest.raises(IndexError, match=f'target holds {v}, but there are {n} classes'): f(x, t)
+
+@pytest.mark.parametrize('f', [nll, cross_entropy])
+def test_reduction(f):
+    with pytest.raises(ValueError, match="reduction is 'avg'; expected 'mean', 'sum' or 'none'"): f(x34, t3, 'avg')
