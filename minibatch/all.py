@@ -2,3 +2,6 @@
 from .datasets import *
 from .backprop import *
 from .losses import *
+from .metrics import *
+from .models import *
+from .optim import *

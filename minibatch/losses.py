@@ -10,14 +10,15 @@ import torch
 from inspect import signature
 from torch import Tensor
 
-# %% ../nbs/02_losses.ipynb #cff05707
+# %% ../nbs/02_losses.ipynb #84108129
 def _up(x):
     "`x` in the precision that sums are made in: float32 for the half precisions"
+    if not x.is_floating_point(): raise ValueError(f'scores have {x.dtype} and shape {tuple(x.shape)}; expected floating-point: use x.float()')
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def _max(x, dim):
     "The largest of `x` along `dim` (kept, with size 1), as a constant; 0 for an empty `x`"
-    return x.detach().amax(dim, keepdim=True) if x.numel() else x.detach().sum(dim, keepdim=True)
+    return x.detach().amax(dim, keepdim=True) if x.numel() else x.detach().sum(dim, keepdim=True)   # zeros
 
 # %% ../nbs/02_losses.ipynb #5b85f56b
 def softmax(x:Tensor, # scores, of any shape and any floating dtype
@@ -38,20 +39,22 @@ def _pick(x, target, dim):
         raise IndexError(f'target holds {bad[0].item()}, but there are {n} classes: expected 0 to {n-1}. '
                          'Drop or relabel such rows (there is no `ignore_index` here)') from e
 
-# %% ../nbs/02_losses.ipynb #1fc1ff86
+# %% ../nbs/02_losses.ipynb #6d8299d2
 def _check(input, target):
     "The class dimension of `input`, and `target` as int64 with that dimension added, if the two fit"
     if not (input.ndim and input.is_floating_point()):
         raise ValueError(f'input has shape {tuple(input.shape)} and {input.dtype}; '
                          'expected floating-point scores of shape (C,), (N,C) or (N,C,...)')
-    if target.is_floating_point() or target.dtype==torch.bool:
+    if not isinstance(target, Tensor): raise ValueError(f'target is a {type(target).__name__}; expected a tensor: use torch.as_tensor(target)')
+    if target.is_floating_point() or target.is_complex() or target.dtype==torch.bool:
         raise ValueError(f'target has {target.dtype} and shape {tuple(target.shape)}; expected integers: the index of the true class. '
                          'Are the arguments (input, target) in order? One-hot targets: use target.argmax(1)')
     dim = int(input.ndim>1)
     want = input.shape[:dim]+input.shape[dim+1:]
     if target.shape!=want:
         raise ValueError(f'target has shape {tuple(target.shape)} but input has {tuple(input.shape)}; '
-                         f'expected a target of shape {tuple(want)}: one class for each row of scores')
+                         f'expected a target of shape {tuple(want)}: one class for each row of scores. '
+                         f'One-hot targets: use target.argmax({dim})')
     return dim,target.long().unsqueeze(dim)
 
 # %% ../nbs/02_losses.ipynb #546c1d20
@@ -90,10 +93,10 @@ def log_softmax(x:Tensor, # scores, of any shape and any floating dtype
     y = y-_max(y, dim)
     return (y-y.exp().sum(dim, keepdim=True).log()).type_as(x)
 
-# %% ../nbs/02_losses.ipynb #546d20ae
+# %% ../nbs/02_losses.ipynb #79a7e708
 class _CrossEntropy(torch.autograd.Function):
     "Each row's cross-entropy, then all that `backward` needs: `e = exp(x-max)` and its sums"
-    generate_vmap_rule = True   # for torch.func.vmap
+    generate_vmap_rule = True   # lets torch.func.vmap (one function, mapped over a batch) derive its rule
 
     @staticmethod
     def forward(x, target, dim):

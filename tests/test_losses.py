@@ -210,3 +210,19 @@ def test_one_bad_target(xt, data):
 @pytest.mark.parametrize('f', [nll, cross_entropy])
 def test_reduction(f):
     with pytest.raises(ValueError, match="reduction is 'avg'; expected 'mean', 'sum' or 'none'"): f(x34, t3, 'avg')
+
+@pytest.mark.parametrize('f', [softmax, log_softmax, logsumexp])
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_are_no_scores(f, dtype):
+    with pytest.raises(ValueError, match=f'{dtype}.*floating-point'): f(torch.ones(3).to(dtype))
+
+@pytest.mark.parametrize('f', [nll, cross_entropy])
+@pytest.mark.parametrize('target,why', [([0,1], 'list'), (torch.zeros(2, dtype=torch.complex64), 'complex64'), (torch.eye(2,3).long(), r'argmax\(1\)')])
+def test_targets_that_are_no_labels(f, target, why):
+    with pytest.raises(ValueError, match=why): f(torch.zeros(2,3), target)
+
+def test_nll_gradient():
+    x,y = torch.randn(7,5,2, dtype=torch.float64, requires_grad=True),torch.randint(5,(7,2))
+    for r in ('mean','sum'):
+        a,b = (torch.autograd.grad(g(x,y,reduction=r), x)[0] for g in (nll, torch.nn.functional.nll_loss))
+        torch.testing.assert_close(a, b)
