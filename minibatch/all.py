@@ -5,3 +5,4 @@ from .losses import *
 from .metrics import *
 from .models import *
 from .optim import *
+from .data import *

@@ -1,0 +1,428 @@
+"The data lesson's module: PyTorch's behaviour, states, and everything that can go wrong with workers"
+import collections, gc, itertools, json, multiprocessing, os, random, signal, subprocess, sys, threading, time
+import numpy as np, pytest, torch, torch.utils.data as tud
+from hypothesis import given, settings, strategies as st
+from minibatch.data import *
+
+linux = pytest.mark.skipif(sys.platform!='linux', reason='fork')
+quick = settings(deadline=None, max_examples=60)
+Point = collections.namedtuple('Point', 'x y')
+
+class Items:
+    "A dataset that answers with `f(i)`"
+    def __init__(self, n, f): self.n,self.f = n,f
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        if not -self.n<=i<self.n: raise IndexError('too far')
+        return self.f(i)
+
+class Many(Items):
+    def __getitems__(self, idxs): return [self.f(i)*10 for i in idxs]
+
+class Stream(tud.IterableDataset):
+    "0 to n-1, shared out over the workers, unevenly"
+    def __init__(self, n, noise=False): self.n,self.noise = n,noise
+    def __iter__(self):
+        w = tud.get_worker_info()
+        for i in range(self.n) if w is None else range(w.id*3, self.n, w.num_workers+w.id): yield i + (torch.rand(()) if self.noise else 0)
+    def __len__(self): return self.n
+
+class Twice(tud.TensorDataset):
+    def __getitem__(self, i): return [2*t for t in super().__getitem__(i)]
+
+def same(a, b):
+    "Equal values in equal types, all the way down"
+    assert type(a) is type(b), (type(a), type(b))
+    if isinstance(a, torch.Tensor): assert a.dtype==b.dtype and a.shape==b.shape and torch.equal(a,b)
+    elif isinstance(a, np.ndarray): assert a.dtype==b.dtype and np.array_equal(a,b)
+    elif isinstance(a, dict): assert list(a)==list(b); [same(a[k],b[k]) for k in a]
+    elif isinstance(a, (list,tuple)): assert len(a)==len(b); [same(*p) for p in zip(a,b)]
+    else: assert a==b
+
+def gen(s=0): return torch.Generator().manual_seed(s)
+def t(*shape): return torch.rand(*shape, generator=gen(1))
+def numbers(dl): return [torch.as_tensor(b[1] if isinstance(b,list) else b).tolist() for b in dl]
+def ds(n): return Dataset(torch.arange(n)*1., torch.arange(n))
+
+datasets = dict(
+    tensors=lambda: tud.TensorDataset(t(23,3), torch.arange(23)), one=lambda: tud.TensorDataset(t(23,2)), twice=lambda: Twice(t(23,3)),
+    subset=lambda: tud.Subset(tud.TensorDataset(t(23,3), torch.arange(23)), [5,3,-1,7,22,0,1]),
+    subsub=lambda: tud.Subset(tud.Subset(Dataset(t(23,3), torch.arange(23)), range(20)), torch.arange(19,4,-1)),
+    ours=lambda: Dataset(t(23,3), torch.arange(23)), ours_numpy=lambda: Dataset(t(23,3).numpy(), np.arange(23)), empty_rows=lambda: Dataset(t(23,0), t(23)),
+    bare=lambda: t(23,2), array=lambda: np.arange(46).reshape(23,2), scalars=lambda: np.arange(23, dtype='f4'), strings=lambda: list('abcdefghijk'),
+    array_of_strings=lambda: np.array(['a','bc','def']), numbers=lambda: list(range(11)), floats=lambda: [.5]*7, many=lambda: Many(9, lambda i: i),
+    dicts=lambda: Items(9, lambda i: {'a':i, 'b':torch.full((2,),i), 'c':str(i), 'd':(i,[i*.5, b'x'])}), named=lambda: Items(9, lambda i: Point(i, t(2)*i)),
+    npitems=lambda: Items(9, lambda i: (np.full((2,2),i,'f4'), np.int16(i))), chars=lambda: Items(7, lambda i: t(3)[:,None].T.bfloat16()),
+    concat=lambda: tud.ConcatDataset([ds(5),ds(4)]), stack=lambda: tud.StackDataset(a=ds(9), b=list(range(9))), stream=lambda: Stream(23))
+
+@pytest.mark.parametrize('name', datasets)
+def test_same_batches_as_pytorch(name):
+    for kw in (dict(batch_size=4), dict(batch_size=4, drop_last=True), dict(), dict(batch_size=None), dict(batch_size=100), dict(batch_size=5, collate_fn=list)):
+        a,b = DataLoader(datasets[name](), **kw),tud.DataLoader(datasets[name](), **kw)
+        assert len(a)==len(b)
+        same(list(a), list(b))
+
+@linux
+@pytest.mark.parametrize('name', ['tensors','subset','ours_numpy','empty_rows','strings','many','dicts','named','npitems','chars','stream'])
+def test_same_batches_as_pytorch_with_workers(name):
+    for kw in (dict(batch_size=4), dict(batch_size=3, drop_last=True, prefetch_factor=1), dict(batch_size=None)):
+        same(list(DataLoader(datasets[name](), num_workers=2, **kw)), list(tud.DataLoader(datasets[name](), num_workers=2, **kw)))
+
+def samplers(d):
+    yield dict(sampler=tud.RandomSampler(d, generator=gen(3)), batch_size=4)
+    yield dict(sampler=tud.RandomSampler(d), batch_size=4)
+    yield dict(sampler=tud.RandomSampler(d, replacement=True, num_samples=30, generator=gen()), batch_size=4, drop_last=True)
+    yield dict(sampler=tud.SequentialSampler(d))
+    yield dict(sampler=tud.SubsetRandomSampler([1,5,2,-3]), batch_size=3)
+    yield dict(sampler=tud.WeightedRandomSampler([.1*i for i in range(len(d))], 40, generator=gen(2)), batch_size=7)
+    yield dict(batch_sampler=tud.BatchSampler(tud.RandomSampler(d), 4, False))
+    yield dict(batch_sampler=[[1,2],[3],[0,4,5]])
+    yield dict(sampler=[3,1,2], batch_size=2)
+    yield dict(sampler=tud.BatchSampler(tud.RandomSampler(d), 4, False), batch_size=None)
+    yield dict(sampler=torch.utils.data.distributed.DistributedSampler(d, 3, 1, seed=4), batch_size=3)
+
+@pytest.mark.parametrize('k', range(11))
+def test_same_batches_with_pytorchs_samplers(k):
+    for d in (ds(17), np.arange(17) if k==9 else list(range(17))):
+        (a,ka),(b,kb) = ((c, list(samplers(d))[k]) for c in (DataLoader,tud.DataLoader))
+        a,b = a(d,**ka),b(d,**kb)
+        assert len(a)==len(b)
+        for _ in range(2):
+            torch.manual_seed(5); x = list(a)
+            torch.manual_seed(5); same(x, list(b))
+
+@quick
+@given(st.integers(1,70), st.integers(1,80), st.booleans(), st.booleans(), st.sampled_from(['f4','f8','i8','u1','?','f2','c8']), st.lists(st.integers(0,3), max_size=2))
+def test_any_array(n, bs, drop, subset, dtype, shape):
+    x = np.asarray(np.random.default_rng(n).integers(0,9,(n,*shape)), dtype)
+    d = Dataset(x, torch.arange(n)) if not subset else tud.Subset(tud.TensorDataset(torch.from_numpy(x), torch.arange(n)), list(range(n-1,-1,-2)))
+    a,b = (c(d, bs, drop_last=drop) for c in (DataLoader,tud.DataLoader))
+    assert len(a)==len(b)
+    same(list(a), list(b))
+    order = random.Random(n).sample(range(len(d)), len(d))
+    same(list(DataLoader(d, bs, sampler=order)), list(tud.DataLoader(d, bs, sampler=order)))
+
+@pytest.mark.parametrize('kw', [dict(num_workers=-1), dict(timeout=-1), dict(persistent_workers=True), dict(sampler=[0], shuffle=True), dict(batch_size=0),
+    dict(batch_size=2.5), dict(batch_size=True), dict(batch_size=-3), dict(batch_size='8'), dict(batch_sampler=[[0]], batch_size=2), dict(batch_sampler=[[0]], shuffle=True),
+    dict(batch_sampler=[[0]], drop_last=True), dict(batch_sampler=[[0]], sampler=[0]), dict(batch_size=None, drop_last=True), dict(timeout=3)])
+def test_contradictory_arguments(kw):
+    for d in (ds(5), Stream(5)):
+        errs = []
+        for c in (DataLoader, tud.DataLoader):
+            with pytest.raises(Exception) as e: list(c(d, **kw))
+            errs.append(type(e.value))
+        assert errs[0] is errs[1]
+    for kw in (dict(shuffle=True), dict(sampler=[0]), dict(batch_sampler=[[0]])):
+        with pytest.raises(ValueError, match='IterableDataset'): DataLoader(Stream(5), **kw)
+
+def test_bad_data():
+    with pytest.raises(ValueError, match='x has 3 rows and y has 2'): Dataset(torch.zeros(3), torch.zeros(2))
+    for empty in ([], ds(0), tud.Subset(ds(3), [])):
+        with pytest.raises(ValueError, match='empty'): DataLoader(empty)
+    for bs in (0, -1, 2.5, '8', True, None):
+        with pytest.raises(ValueError, match='positive integer'): Sampler(ds(4), bs)
+    for d in (ds(5), list(range(5)), tud.Subset(ds(9), range(5)), Items(5, float)):
+        for bad in (5, -6):
+            with pytest.raises(IndexError, match=rf'index {bad} of a dataset of 5 samples \(0 to 4\)'): list(DataLoader(d, 2, sampler=[0,bad]))
+            with pytest.raises(IndexError, match=rf'index {bad} of a dataset of 5'): list(DataLoader(d, batch_sampler=[torch.tensor([0,bad])]))
+    with pytest.raises(IndexError, match='integers'): list(DataLoader(ds(5), 2, sampler=[0.,1.]))
+    ragged = Items(9, lambda i: {'a':torch.zeros(3+(i==6), 2), 'b':i})
+    for nw in (0,1):
+        with pytest.raises(RuntimeError, match=r"samples 4 and 6 .*'a': \(3, 2\).*'a': \(4, 2\).*collate_fn"): list(DataLoader(ragged, 4, num_workers=nw))
+    with pytest.raises(RuntimeError, match=r'samples 0 and 1 .*\(2,\).*\(3,\)'): collate([torch.zeros(2), torch.zeros(3)])
+    with pytest.raises(TypeError, match='default_collate'): list(DataLoader([object()]))
+
+# ---- states
+
+def cut(make, k, epochs=3):
+    """All batches in one go, and those after a stop at batch `k` in a fresh loader, when torch's generator is somewhere else;
+    the loop's body draws random numbers too, as dropout would"""
+    torch.manual_seed(1)
+    dl,seen = make(),[]
+    for e in range(epochs):
+        for b in dl:
+            seen.append((e,b)); torch.rand(1)
+            if len(seen)==k: state,at = json.loads(json.dumps(dl.state_dict())),e
+    torch.manual_seed(99); torch.rand(7)
+    dl = make(); dl.load_state_dict(state)
+    same([(e,b,torch.rand(1))[:2] for e in range(at, epochs) for b in dl], seen[k:])
+
+@quick
+@given(st.data(), st.integers(1,40), st.integers(1,12), st.booleans(), st.booleans(), st.sampled_from(['torch','own','sampler']))
+def test_resume_anywhere(data, n, bs, shuffle, drop, rule):
+    def make():
+        if rule=='sampler': return DataLoader(ds(n), batch_sampler=Sampler(ds(n), bs, shuffle, drop, seed=4))
+        return DataLoader(ds(n), bs, shuffle, drop_last=drop, generator=gen(8) if rule=='own' else None)
+    if len(make()): cut(make, data.draw(st.integers(1, 3*len(make()))))
+
+@pytest.mark.parametrize('nw', [0, pytest.param(2, marks=linux)])
+def test_resume_with_pytorchs_samplers_and_streams(nw):
+    d = np.arange(17)
+    for k in range(11):
+        for at in (1,2,5): cut(lambda: DataLoader(d, num_workers=nw, **list(samplers(d))[k]), min(at, 3*len(DataLoader(d, **list(samplers(d))[k]))))
+    for at in (1,3,4,7): cut(lambda: DataLoader(Stream(17, noise=True), 5, num_workers=nw), at)
+    for at in (1,17,18): cut(lambda: DataLoader(ds(17), None, True, num_workers=nw), at)
+
+@linux
+@settings(deadline=None, max_examples=12)
+@given(st.data(), st.integers(1,2), st.integers(1,4), st.booleans())
+def test_resume_with_workers(data, nw, prefetch, noise):
+    d = Items(31, lambda i: (i, torch.rand(2)*noise, random.random()*noise, np.random.rand()*noise))
+    cut(lambda: DataLoader(d, 4, True, num_workers=nw, prefetch_factor=prefetch), data.draw(st.integers(1,24)))
+
+def test_resume_at_once_twice_and_between_epochs():
+    torch.manual_seed(0)
+    dl = DataLoader(ds(10), 3, True); new = lambda s: (d := DataLoader(ds(10), 3, True), d.load_state_dict(s))[0]
+    s = dl.state_dict(); a = [numbers(dl) for _ in range(3)]
+    assert a[0]!=a[1]!=a[2]
+    d2 = new(s); assert [numbers(d2) for _ in range(3)]==a                             # before anything
+    torch.manual_seed(0); d2 = DataLoader(ds(10), 3, True); numbers(d2); s = d2.state_dict()
+    d3 = new(s); assert d3.state_dict()==s and [numbers(d3) for _ in range(2)]==a[1:]  # after an epoch: the next, whole
+    torch.manual_seed(0); d2 = DataLoader(ds(10), 3, True)
+    for b in d2: s = d2.state_dict()
+    d3 = new(s); assert numbers(d3)==[] and numbers(d3)==a[1]                          # after the last batch: nothing is left of the epoch
+    torch.manual_seed(0); it = iter(d2); next(it); s = d2.state_dict()
+    d3 = new(s); it3 = iter(d3); next(it3); s2 = d3.state_dict(); assert s2['batch']==2
+    d4 = new(s2); assert numbers(d4)==a[0][2:]                                         # a resumed one, stopped again
+    assert numbers(it)==a[0][1:]                                                       # and the first never noticed
+
+def test_resume_after_an_error():
+    bad = {7}
+    def f(i):
+        if i in bad: raise OSError('the disk is away')
+        return i
+    torch.manual_seed(0); d = Items(12, f); dl,seen = DataLoader(d, 3, True),[]
+    with pytest.raises(OSError):
+        for b in dl: seen += b.tolist()
+    s = dl.state_dict(); bad.clear()
+    d2 = DataLoader(d, 3, True); d2.load_state_dict(s)
+    assert sorted(seen+sum(numbers(d2),[]))==list(range(12))
+
+def test_state_is_small_and_plain():
+    sizes = []
+    for n in (10, 100_000):
+        dl = DataLoader(range(n), 5, True); next(iter(dl)); s = dl.state_dict()
+        assert all(type(v) in (int,str) for v in s.values()), s
+        sizes.append(len(json.dumps(s)))
+    assert max(sizes)<12_000 and abs(sizes[0]-sizes[1])<12
+
+def test_state_of_another_loader():
+    dl = DataLoader(ds(10), 3, True); next(iter(dl)); s = dl.state_dict()
+    for other,what in ((DataLoader(ds(11),3,True), 'n = 10, here it is 11'), (DataLoader(ds(10),4,True), 'batch_size = 3, here it is 4'), (DataLoader(ds(10),3), 'shuffled.*in order'),
+                       (DataLoader(ds(10),3,True,drop_last=True), 'drop_last'), (DataLoader(ds(10),3,True,generator=gen()), 'global generator.*own'),
+                       (DataLoader(ds(10),3,sampler=tud.RandomSampler(ds(10))), 'RandomSampler'), (DataLoader(Stream(10),3), 'n = 10')):
+        with pytest.raises(ValueError, match=what): other.load_state_dict(s)
+    with pytest.raises(ValueError, match='n = None'): dl.load_state_dict({})
+
+# ---- order and seeds
+
+def test_obeys_seeds():
+    dl = DataLoader(ds(50), 8, True)
+    torch.manual_seed(3); a,b = numbers(dl),numbers(dl)
+    assert a!=b and sorted(sum(a,[]))==sorted(sum(b,[]))==list(range(50))
+    torch.manual_seed(3); assert [numbers(dl),numbers(dl)]==[a,b]
+    own = [numbers(DataLoader(ds(50), 8, True, generator=gen(7))) for _ in range(2)]
+    assert own[0]==own[1]!=a
+    before = torch.get_rng_state(); numbers(DataLoader(ds(50), 8, True, generator=gen(7))); assert torch.equal(before, torch.get_rng_state())
+    s = Sampler(ds(50), 8, True); torch.manual_seed(3); assert [i.tolist() for i in s]==a
+    s = Sampler(ds(50), 8, True, seed=5); x,y = list(map(torch.Tensor.tolist,s)),list(map(torch.Tensor.tolist,s)); assert x!=y
+    assert x==list(map(torch.Tensor.tolist, Sampler(ds(50), 8, True, seed=5)))
+
+@linux
+def test_workers_draw_as_much_as_no_workers():
+    ends = []
+    for nw,sh in itertools.product((0,2),(False,True)):
+        torch.manual_seed(0); numbers(DataLoader(ds(9), 2, sh, num_workers=nw)); ends.append(torch.rand(1).item())
+    assert len(set(ends))==1
+
+@linux
+def test_random_items_do_not_depend_on_the_number_of_workers():
+    got = []
+    for nw in (1,2):
+        torch.manual_seed(0); got.append(list(DataLoader(Items(20, lambda i: (torch.rand(3), random.random(), np.random.rand())), 3, num_workers=nw)))
+    same(got[0], got[1])
+    assert len({x for b in got[0] for x in b[1].tolist()})==20
+
+@pytest.mark.parametrize('nw', [0, pytest.param(2, marks=linux)])
+def test_two_iterators(nw):
+    dl = DataLoader(ds(20), 3, True, num_workers=nw, persistent_workers=nw>0)
+    torch.manual_seed(0); a,b = numbers(dl),numbers(dl)
+    torch.manual_seed(0); x,y = zip(*zip(numbers(iter(dl)), numbers(iter(dl)))); assert [list(x),list(y)]==[a,b]
+    torch.manual_seed(0)
+    i,j = iter(dl),iter(dl); x,y = [],[]
+    for _ in range(7): x += numbers([next(i)]); y += numbers([next(j)])
+    assert [x,y]==[a,b]
+    torch.manual_seed(0)
+    for i,_ in enumerate(dl):
+        if i==2: list(dl)                       # another epoch inside, after which the outer one goes on
+        if i==4: s = dl.state_dict(); break
+    d2 = DataLoader(ds(20), 3, True); d2.load_state_dict(s); assert numbers(d2)==a[5:]   # the one that moved last
+
+@linux
+def test_persistent_workers():
+    dl = DataLoader(Items(12, lambda i: os.getpid()), 2, num_workers=2, persistent_workers=True)
+    pids = [set(sum(numbers(dl),[])) for _ in range(3)]
+    assert pids[0]==pids[1]==pids[2]
+    for b in dl: break
+    assert not pids[0]&set(sum(numbers(dl),[]))            # an epoch left early takes its workers with it
+    now = set(sum(numbers(dl),[])); del dl; gone(now)
+    class Count(tud.IterableDataset):
+        def __iter__(self): self.n = getattr(self,'n',0)+1; return iter([self.n]*3)
+    dl = DataLoader(Count(), 2, num_workers=1, persistent_workers=True); assert [numbers(dl) for _ in range(2)]==[[[1,1],[1]],[[2,2],[2]]]
+
+def test_transform_views_and_pinning():
+    x = torch.randint(0,256,(20,4),dtype=torch.uint8); d = Dataset(x, torch.arange(20))
+    got = list(DataLoader(d, 8, transform=lambda b: [b[0].float()/255, b[1]]))
+    same(torch.cat([b[0] for b in got]), x.float()/255)
+    assert next(iter(DataLoader(d, 8)))[0].data_ptr()==x.data_ptr()
+    a = np.arange(8.); a.flags.writeable = False
+    b = next(iter(DataLoader(a, 4))); b += 1; assert a[0]==0
+    if not torch.cuda.is_available():
+        with pytest.warns(UserWarning, match='no GPU'): same(list(DataLoader(d, 8, pin_memory=True)), list(DataLoader(d, 8)))
+
+def test_get_dls():
+    tr,va = get_dls(ds(20), ds(9), 4, drop_last=True, num_workers=0)
+    assert (tr.batch_size, va.batch_size, len(tr), len(va))==(4,8,5,2)
+    assert numbers(va)==[list(range(8)),[8]] and sorted(sum(numbers(tr),[]))==list(range(20))!=sum(numbers(tr),[])
+    tr,va = get_dls(ds(20), tud.Subset(ds(9), range(9)), 4, device='meta', transform=lambda b: [b[0]+1, b[1]])
+    assert tr.dataset.x.device.type=='meta' and va.dataset.dataset.x.device.type=='cpu'       # moved whole; moved batch by batch
+    assert {t.device.type for dl in (tr,va) for b in dl for t in b}=={'meta'}
+    assert isinstance(tr, tud.DataLoader)
+
+def test_memory_map(tmp_path):
+    rows = 2**20
+    a = np.memmap(tmp_path/'a.bin', 'f4', 'w+', shape=(rows,256)); a[7] = 7; a.flush()           # 1 GB, nearly all of it a hole
+    rss = lambda: int(open('/proc/self/statm').read().split()[1])*os.sysconf('SC_PAGE_SIZE')/2**20 if sys.platform=='linux' else 0
+    d = Dataset(np.memmap(tmp_path/'a.bin', 'f4', 'r', shape=(rows,256)), np.arange(rows))
+    for i,((xb,yb),before) in enumerate(zip(DataLoader(d, 64, True), itertools.repeat(rss()+16))):
+        assert torch.equal(xb.sum(1)>0, yb==7)
+        if i%20==0: assert rss()<before+200
+        if i==500: break
+    xb,_ = next(iter(DataLoader(d, 64))); xb[:] = 1; assert d.x[0,0]==0    # a copy: the map is read-only
+
+# ---- faults
+
+def gone(pids, shm=None, secs=2):
+    "None of these processes is left after at most `secs`, nor any new file in /dev/shm"
+    end = time.monotonic()+secs
+    def alive(p):
+        if not os.path.exists(f'/proc/{p}'): return False
+        state,parent = open(f'/proc/{p}/stat').read().rsplit(')',1)[1].split()[:2]
+        return state!='Z' or int(parent)==os.getpid()
+    while any(map(alive, pids)) and time.monotonic()<end: time.sleep(.01)
+    assert not [p for p in pids if alive(p)]
+    if shm is not None: assert set(os.listdir('/dev/shm'))<=shm
+
+def pids(dl):
+    it = iter(dl); next(it)
+    return it,sorted(p.pid for p in multiprocessing.active_children())
+
+def work(n=40, secs=.005, size=1): return Items(n, lambda i: (time.sleep(secs), torch.full((size,),i))[1])
+
+@linux
+def test_worker_exception():
+    class Odd(Exception):
+        def __init__(self, a, b): super().__init__(a,b)
+    def f(i, err):
+        if i==5: raise err
+        return i
+    for err,kind in ((ValueError('five is right out'),ValueError), (KeyError('five'),KeyError), (Odd(1,2),RuntimeError)):
+        with pytest.raises(kind) as e: list(DataLoader(Items(9, lambda i: f(i,err)), 2, num_workers=2))
+        for word in ('worker 0 (pid ', 'index 5', 'in f\n', type(err).__name__): assert word in str(e.value), str(e.value)
+    with pytest.raises(RuntimeError, match='exited with status 3'): list(DataLoader(Items(9, lambda i: os._exit(3)), 2, num_workers=2))
+    with pytest.raises(Exception, match='pickle'): list(DataLoader(Items(9, lambda i: lambda: i), 2, num_workers=1, collate_fn=list))
+    def init(w): raise ValueError('no start')
+    with pytest.raises(ValueError, match='no start'): list(DataLoader(ds(9), 2, num_workers=2, worker_init_fn=init))
+    assert not multiprocessing.active_children()
+
+@linux
+def test_worker_init_and_info():
+    seen = lambda i: (tud.get_worker_info().id, tud.get_worker_info().num_workers, int(os.environ['WHO']), torch.get_num_threads())
+    dl = DataLoader(Items(8, seen), 2, num_workers=2, worker_init_fn=lambda w: os.environ.update(WHO=str(w)))
+    assert [[x.tolist() for x in b] for b in dl]==[[[w]*2,[2]*2,[w]*2,[1]*2] for w in (0,1,0,1)]
+
+@linux
+def test_killed_workers():
+    shm = set(os.listdir('/dev/shm'))
+    rng = random.Random(0)
+    for k in range(60):
+        size = rng.choice([1, 3_000_000])                 # a large batch is in the middle of being written most of the time
+        it,ps = pids(DataLoader(work(400, rng.choice([0,.001,.005]), size), 2, num_workers=2, prefetch_factor=rng.randint(1,3)))
+        victim = rng.choice(ps)
+        threading.Timer(rng.random()*.03, os.kill, (victim,signal.SIGKILL)).start()
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match=rf'worker [01] \(pid {victim}\) was killed by signal 9 \(SIGKILL\)'):
+            for b in it: assert time.monotonic()<start+5
+        assert time.monotonic()<start+5
+        gone(ps, shm)
+
+@linux
+def test_killed_while_we_wait_for_another():
+    it,ps = pids(DataLoader(Items(9, lambda i: time.sleep(60 if i==4 else 0) or i), 2, num_workers=2))
+    threading.Timer(.1, os.kill, (ps[1],signal.SIGKILL)).start()
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=rf'worker 1 \(pid {ps[1]}\) was killed'): list(it)
+    assert time.monotonic()<start+5
+    gone(ps)
+
+@linux
+def test_hanging_worker_is_a_timeout():
+    slow = Items(9, lambda i: time.sleep(60 if i==4 else 0) or i)
+    it,ps = pids(DataLoader(slow, 2, num_workers=2, timeout=.3))
+    with pytest.raises(RuntimeError, match=rf'worker 0 \(pid {ps[0]}\) gave no batch for 0.3 s'): list(it)
+    gone(ps)
+    it,ps = pids(DataLoader(work(99, 0, 10**7), 1, num_workers=2, timeout=.3))     # stopped in the middle of a batch
+    for p in ps: os.kill(p, signal.SIGSTOP)
+    with pytest.raises(RuntimeError, match='gave no batch'): list(it)
+    gone(ps)
+
+@linux
+@pytest.mark.parametrize('how', ['break','raise','del','cycle','ctrl-c','generator'])
+def test_leaving_early_leaves_nothing(how):
+    shm,threads,fds = set(os.listdir('/dev/shm')),threading.active_count(),len(os.listdir('/proc/self/fd'))
+    it,ps = pids(DataLoader(work(size=500_000), 4, num_workers=2))
+    try:
+        if how=='ctrl-c': threading.Timer(.02, os.kill, (os.getpid(),signal.SIGINT)).start()
+        if how=='generator': it.close()
+        for b in it:
+            if how=='break': break
+            if how=='raise': raise ZeroDivisionError
+            if how in ('del','cycle'): break
+            if how=='ctrl-c': time.sleep(.004)
+    except (ZeroDivisionError,KeyboardInterrupt): pass
+    if how=='cycle': it = [it]; it.append(it)
+    del it
+    if how=='cycle': gc.collect()
+    gone(ps, shm)
+    assert not multiprocessing.active_children() and threading.active_count()<=threads+(how=='ctrl-c') and len(os.listdir('/proc/self/fd'))<=fds
+
+script = '''
+import sys, time, torch, os, signal, multiprocessing
+from minibatch.data import DataLoader
+class D:
+    def __len__(self): return 1000
+    def __getitem__(self, i): time.sleep(.01); return torch.zeros(10**5)
+def main():
+    for b in DataLoader(D(), 4, num_workers=2):
+        print(*[p.pid for p in multiprocessing.active_children()], flush=True)
+        END
+main()
+'''
+@linux
+@pytest.mark.parametrize('end', ['os.kill(os.getpid(), signal.SIGKILL)', 'raise ValueError', 'sys.exit()', 'time.sleep(60)'])
+def test_workers_end_with_the_script(end):
+    "Killed, failed, finished, and Ctrl-C on the whole process group"
+    p = subprocess.Popen([sys.executable, '-c', script.replace('END',end)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    ps = list(map(int, p.stdout.readline().split()))
+    if 'sleep' in end: os.killpg(p.pid, signal.SIGINT)
+    _,err = p.communicate(timeout=20)
+    gone(ps)
+    assert len(ps)==2 and err.count('Traceback')==(end in ('raise ValueError','time.sleep(60)')), err
+
+def test_spawn():
+    dl = DataLoader(Dataset(torch.arange(9.), np.arange(9)), 2, num_workers=1)
+    dl.multiprocessing_context = 'spawn'
+    same(list(dl), list(DataLoader(Dataset(torch.arange(9.), np.arange(9)), 2)))
+    dl = DataLoader(Items(9, lambda i: i), 2, num_workers=1); dl.multiprocessing_context = 'spawn'
+    with pytest.raises(RuntimeError, match=r'(?s)"spawn".*pickle.*\.py file.*num_workers=0'): list(dl)
+    assert not multiprocessing.active_children()
