@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['Dataset', 'Sampler', 'collate', 'DataLoader', 'get_dls']
 
-# %% ../nbs/06_data.ipynb #5fcde352
+# %% ../nbs/06_data.ipynb #a2176cca
 import io, itertools, mmap, multiprocessing, os, pickle, queue, random, signal, socket, struct, sys, threading, time, warnings
 import numpy as np, numpy.random, torch, torch.utils.data as tud
 from collections import deque
+from contextlib import suppress
 from multiprocessing.connection import wait
 from torch import Tensor
 from torch._utils import ExceptionWrapper
@@ -78,16 +79,18 @@ def _rows(a, i):
     b = np.asarray(a[i] if isinstance(i, slice) else a[i.numpy()])
     return torch.from_numpy(b if b.flags.writeable else b.copy())
 
-# %% ../nbs/06_data.ipynb #f885e987
+# %% ../nbs/06_data.ipynb #cedd0e33
 def _checked(i, n):
     "Indices from somebody else's sampler as a tensor, all of them within a dataset of `n`"
     i = torch.as_tensor(i)
+    if not i.numel(): raise IndexError('the sampler gave an empty batch')
     if i.is_floating_point() or i.dtype==torch.bool: raise IndexError(f'indices should be integers, the sampler gave {i.tolist()}')
+    i = i.long()
     lo,hi = (int(v) for v in i.aminmax())
     if hi<n and lo>=-n: return i%n if lo<0 else i
     raise IndexError(f'the sampler asked for index {hi if hi>=n else lo} of a dataset of {n} samples (0 to {n-1})')
 
-# %% ../nbs/06_data.ipynb #22364f67
+# %% ../nbs/06_data.ipynb #03b062c4
 def _releaser(cols, budget=2**26):
     "A function that lets go of the pages of memory-mapped columns once `budget` bytes of them were read; None without such columns"
     maps = [c for c in cols if isinstance(c,np.memmap) and c.mode!='c' and hasattr(mmap,'MADV_DONTNEED')]
@@ -95,13 +98,13 @@ def _releaser(cols, budget=2**26):
     left = budget
     def free(n):
         nonlocal left
-        left -= n*sum(max(c[:1].nbytes, 2**16) for c in maps)   # a page fault maps up to 64 KB around a row
+        left -= n*sum(max(c[:1].nbytes, 2**16) for c in maps)   # to touch a row brings in up to 64 KB around it
         if left<0:
             for c in maps: c._mmap.madvise(mmap.MADV_DONTNEED)
             left = budget
     return free
 
-# %% ../nbs/06_data.ipynb #b5f569df
+# %% ../nbs/06_data.ipynb #8980acd9
 def _gatherer(ds):
     "A function from a slice or tensor of indices to the batch in one gather per column, or None if `ds` has its own way with items"
     same = lambda c: all(getattr(type(ds),m,None) is getattr(c,m,None) for m in ('__getitem__','__getitems__'))
@@ -110,7 +113,9 @@ def _gatherer(ds):
         return get and (lambda i: get(at[i]))
     bare = isinstance(ds, (Tensor,np.ndarray))
     cols = [ds] if bare else [ds.x,ds.y] if same(Dataset) else ds.tensors if same(TensorDataset) else []
-    plain = lambda c: isinstance(c,Tensor) or isinstance(c,np.ndarray) and c.dtype.kind in 'biufc'
+    def plain(c):     # no masked or sparse arrays, none that run backwards or in another machine's byte order
+        if isinstance(c,Tensor): return c.layout==torch.strided
+        return type(c) in (np.ndarray,np.memmap) and c.dtype.kind in 'biufc' and c.dtype.isnative and min(c.strides, default=0)>=0
     if not cols or not all(plain(c) and c.ndim for c in cols): return
     free = _releaser(cols)
     def get(i):
@@ -119,8 +124,9 @@ def _gatherer(ds):
         return b[0] if bare else b
     return get
 
-# %% ../nbs/06_data.ipynb #2a5862d3
+# %% ../nbs/06_data.ipynb #5a04d496
 class _End: "What a fetcher gives when an `IterableDataset` has no more batches"
+_asked = [None]     # the index that was fetched last, for the report of a worker
 
 def _fetcher(ds, collate_fn, bs, drop_last, auto):
     "A function from a batch of indices to a batch (if `auto`, else from an index to a sample), by the shortest way there is"
@@ -135,15 +141,16 @@ def _fetcher(ds, collate_fn, bs, drop_last, auto):
     known = lambda i: i if isinstance(i,Tensor) else slice(i.start,i.stop) if type(i) is range else _checked(i, len(ds))
     if get: return lambda i: get(known(i))
     def item(i):
+        _asked[0] = i
         try: return ds[i]
-        except Exception as e:
-            e.index = i   # for the report of a worker
-            if not (isinstance(e,IndexError) and isinstance(i,int) and hasattr(ds,'__len__')) or -len(ds)<=i<len(ds): raise
+        except IndexError as e:
+            if not (isinstance(i,int) and hasattr(ds,'__len__')) or -len(ds)<=i<len(ds): raise
             raise IndexError(f'the sampler asked for index {i} of a dataset of {len(ds)} samples (0 to {len(ds)-1})') from e
     if not auto: return lambda i: collate_fn(item(i))
     def fetch(i):
         i = i.tolist() if isinstance(i,Tensor) else list(i)
         samples = ds.__getitems__(i) if hasattr(ds,'__getitems__') else [item(j) for j in i]
+        _asked[0] = i
         return collate(samples, i) if collate_fn is collate else collate_fn(samples)
     return fetch
 
@@ -167,9 +174,9 @@ def _dump(o):
     head = pickle.dumps((f.getvalue(), [b.nbytes for b in bufs]))
     return [struct.pack('q', len(head))+head, *bufs]
 
-# %% ../nbs/06_data.ipynb #2023a879
-def _load(sock):
-    "The next object on `sock`"
+# %% ../nbs/06_data.ipynb #58a6af8c
+def _receive(sock):
+    "The next object on `sock`, still as a pickle and buffers"
     def read(n):
         b = torch.empty(n, dtype=torch.uint8).numpy()
         left = memoryview(b)
@@ -178,9 +185,11 @@ def _load(sock):
             left = left[k:]
         return b
     data,sizes = pickle.loads(read(struct.unpack('q', read(8))[0]))
-    return pickle.loads(data, buffers=[read(n) for n in sizes])
+    return data,[read(n) for n in sizes]
 
-# %% ../nbs/06_data.ipynb #cd32a21e
+def _load(data, bufs): return pickle.loads(data, buffers=bufs)
+
+# %% ../nbs/06_data.ipynb #42ffa055
 def _seed(s):
     random.seed(s)
     np.random.seed(s%2**32)
@@ -189,14 +198,14 @@ def _seed(s):
 def _listen(sock, tasks):
     "Moves tasks from `sock` into a queue, so that nobody waits to send them; ends the process when the other end is closed"
     try:
-        while True: tasks.put(_load(sock))
+        while True: tasks.put(_load(*_receive(sock)))
     except (EOFError,OSError): tasks.put(_End)
     time.sleep(1)
     os._exit(1)    # still busy, and nobody is there to be answered
 
-# %% ../nbs/06_data.ipynb #a8e92cab
+# %% ../nbs/06_data.ipynb #9c00836f
 def _work(w, n, seed, sock, others, init_fn, ds, *how):
-    "Worker `w` of `n`: answers the tasks that come over `sock`, in order. A task is a seed and indices, or None for a new epoch"
+    "Worker `w` of `n`: answers the tasks that come over `sock`, in order. A task is a seed and indices, or for a new epoch its seed alone"
     for s in others: s.close()                       # or they would stay open through us when the main process dies
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is for the main process
     torch.set_num_threads(1)
@@ -205,22 +214,23 @@ def _work(w, n, seed, sock, others, init_fn, ds, *how):
     threading.Thread(target=_listen, args=(sock,tasks), daemon=True).start()
     while (task := tasks.get()) is not _End:
         try:
-            if task is None:
-                if init_fn: _seed(seed+w); init_fn(w); init_fn = None
+            if isinstance(task, int):
+                _seed(task-1-w)                      # batch k has seed `task+k`
+                if init_fn: init_fn(w); init_fn = None
                 fetch = _fetcher(ds, *how)
                 continue
-            _seed(task[0])
-            msg = _dump(fetch(task[1]))
+            s,_asked[0] = task
+            _seed(s)
+            msg = _dump(fetch(_asked[0]))
         except Exception as e:
-            i = getattr(e, 'index', task and task[1])
-            err = ExceptionWrapper(where=f'in DataLoader worker {w} (pid {os.getpid()}), index {i}')
+            err = ExceptionWrapper(where=f'in DataLoader worker {w} (pid {os.getpid()}), index {_asked[0]}')
             try: msg = _dump(err)
             except Exception: err.exc_type = RuntimeError; msg = _dump(err)   # the exception's type cannot be pickled
         try:
             for m in msg: sock.sendall(m)
         except OSError: return
 
-# %% ../nbs/06_data.ipynb #225f14d9
+# %% ../nbs/06_data.ipynb #7cd253d1
 class _Workers:
     "Processes with a socket to each; batches stay in order because each of them answers in order"
     def __init__(self, dl, seed):
@@ -242,7 +252,9 @@ class _Workers:
 
     def close(self):
         if self.pid!=os.getpid(): return     # a copy in a forked process
-        for s in self.socks: s.close()
+        for s in self.socks:
+            with suppress(OSError): s.shutdown(socket.SHUT_RDWR)     # workers forked later hold a copy: `close` alone would not be noticed
+            s.close()
         procs,self.procs,end = self.procs,[],time.monotonic()+1.2
         for p in procs:
             p.join(max(0, end-time.monotonic()))
@@ -250,7 +262,7 @@ class _Workers:
             p.close()
     __del__ = close
 
-# %% ../nbs/06_data.ipynb #d350e0a1
+# %% ../nbs/06_data.ipynb #5ee3ee2a
 @patch
 def send(self:_Workers, w, task): return self._talk(w, lambda s: [s.sendall(m) for m in _dump(task)])
 
@@ -261,7 +273,7 @@ def recv(self:_Workers, w):
     ready = wait([s, *(p.sentinel for p in self.procs)], self.timeout)
     if not ready: self._hangs(w)
     if set(ready)-{s}: self._died()
-    o = self._talk(w, _load)
+    o = _load(*self._talk(w, _receive))
     if isinstance(o, ExceptionWrapper): o.reraise()
     return o
 
@@ -272,7 +284,7 @@ def _talk(self:_Workers, w, f):
     except TimeoutError: self._hangs(w)
     except (EOFError,ConnectionError): self._died()
 
-# %% ../nbs/06_data.ipynb #93920b47
+# %% ../nbs/06_data.ipynb #a379dd9e
 @patch
 def _hangs(self:_Workers, w):
     raise RuntimeError(f'DataLoader worker {w} (pid {self.procs[w].pid}) gave no batch for {self.timeout} s (`timeout`)')
@@ -280,46 +292,49 @@ def _hangs(self:_Workers, w):
 @patch
 def _died(self:_Workers):
     ends = wait([p.sentinel for p in self.procs], 5)
-    w,p = next((w,p) for w,p in enumerate(self.procs) if p.sentinel in ends)
+    w,p = next(((w,p) for w,p in enumerate(self.procs) if p.sentinel in ends), (0,None))
+    if p is None: raise RuntimeError('the connection to a DataLoader worker is broken')
     p.join()
     c = p.exitcode
     how = f'exited with status {c}' if c>=0 else f'was killed by signal {-c} ({signal.Signals(-c).name})'
     raise RuntimeError(f'DataLoader worker {w} (pid {p.pid}) {how}' + ': the machine may be out of memory'*(c==-signal.SIGKILL))
 
-# %% ../nbs/06_data.ipynb #d878dcec
+# %% ../nbs/06_data.ipynb #29219909
 class DataLoader(tud.DataLoader):
     "PyTorch's `DataLoader`, with one gather per batch where the dataset allows it, and stopping anywhere to go on exactly there"
     def __init__(self,
-                 dataset, # has `__getitem__` and `__len__`, or is an `IterableDataset`
+                 dataset, # has `__getitem__` and `__len__`, or is an `IterableDataset`; batches in order may be views of its tensors
                  batch_size=1, # samples per batch; `None`: single samples, no batches
                  shuffle:bool=None, # a new random order every epoch?
                  sampler=None, # gives indices, instead of `shuffle`
-                 batch_sampler=None, # gives lists of indices, instead of `batch_size`, `shuffle`, `sampler` and `drop_last`
+                 batch_sampler=None, # gives lists of indices (as `Sampler` does), instead of `batch_size`, `shuffle`, `sampler` and `drop_last`
                  num_workers:int=0, # processes that fetch; 0: this one does
                  collate_fn=None, # list of samples -> batch; `None`: `collate`
                  pin_memory:bool=False, # copy batches to pinned memory, from where a GPU can fetch them while it computes?
                  drop_last:bool=False, # leave out a last batch of fewer than `batch_size`?
                  timeout:float=0, # seconds to wait for a worker; 0: for ever
-                 worker_init_fn=None, # called with the worker's number in each worker
+                 worker_init_fn=None, # called with the worker's number in each worker (seeds set there do not last: each batch has its own)
                  generator=None, # `torch.Generator` that each epoch's seed is drawn from; `None`: torch's global one
                  *, prefetch_factor:int=2, # batches under way per worker
                  persistent_workers:bool=False, # keep the workers from one epoch to the next?
                  transform=None): # whole batch -> whole batch, called in this process
         iterable = isinstance(dataset, IterableDataset)
         if not iterable and hasattr(dataset,'__len__') and not len(dataset): raise ValueError(f'the dataset is empty: {dataset}')
+        if isinstance(sampler, Sampler): raise ValueError('a `Sampler` gives batches of indices already: pass it as `batch_sampler`')
         if collate_fn is None and (batch_size is not None or batch_sampler is not None): collate_fn = collate
         super().__init__(dataset, batch_size, shuffle, sampler, batch_sampler, num_workers, collate_fn, pin_memory, drop_last,
                          timeout, worker_init_fn, generator=generator, persistent_workers=persistent_workers,
-                         prefetch_factor=prefetch_factor if num_workers else None)
+                         prefetch_factor=prefetch_factor if num_workers or prefetch_factor!=2 else None)
         free = not iterable and sampler is None and batch_sampler is None     # to have our own sampler
         own = Sampler(dataset, batch_size or 1, bool(shuffle), drop_last) if free else batch_sampler
-        self._own = own if isinstance(own,Sampler) else None
-        self._gen = generator or getattr(self._own,'generator',None)
+        self._own = own if isinstance(own,Sampler) else None                # a sampler that can begin anywhere
+        self._gen = generator or getattr(self._own,'generator',None)        # where epochs draw their seeds; None: torch's
         others = () if self._own else (batch_sampler, getattr(batch_sampler,'sampler',None), sampler)
-        self._theirs = next((s.generator for s in others if getattr(s,'generator',None)), None)
-        self.transform,self._pool,self._resume = transform,None,None
-        self._epochs,self._at = 0,dict(epoch=0, batch=0, seed=-1)
+        self._theirs = next((s.generator for s in others if getattr(s,'generator',None)), None)     # where a foreign sampler draws
+        self.transform,self._pool = transform,None                          # workers that outlive an epoch
+        self._epochs,self._at,self._resume = 0,dict(epoch=0, batch=0, seed=-1),None     # begun so far; where we are; where to go on
 
+    def __getstate__(self): return dict(vars(self), _pool=None)             # a copy has workers of its own
     def _how(self): return self.dataset,self.collate_fn,self.batch_size,self.drop_last,self._auto_collation
 
 # %% ../nbs/06_data.ipynb #8b865539
@@ -333,19 +348,19 @@ def _indices(self:DataLoader, at):
     if not self._auto_collation: return iter(self.sampler)
     return (b.tolist() if hasattr(b,'tolist') else list(b) for b in self.batch_sampler)
 
-# %% ../nbs/06_data.ipynb #cebe1259
+# %% ../nbs/06_data.ipynb #3e65087d
 @patch
 def _parallel(self:DataLoader, idxs, at):
     "The batches for `idxs` from the workers in turn, with `prefetch_factor` tasks under way for each"
     pool,self._pool = self._pool or _Workers(self, at['seed']),None
     try:
         turns,underway,n = deque(range(self.num_workers)),deque(),max(1, self.num_workers*self.prefetch_factor)
-        for w in turns: pool.send(w, None)
+        for w in turns: pool.send(w, at['seed'])
         def take():
             b = pool.recv(w := underway.popleft())
             if b is not _End: yield b
             elif w in turns: turns.remove(w)
-        for k,i in enumerate(idxs, at['batch'] if self._own else 0):
+        for k,i in enumerate(idxs, 0 if isinstance(self.dataset,IterableDataset) else at['batch']):
             if not turns: break
             underway.append(turns[0])
             pool.send(turns[0], (at['seed']+k, i))
@@ -367,7 +382,7 @@ def _begin(self:DataLoader):
     self._epochs += 1
     return at if self._own else dict(at, before=_get(self._theirs))
 
-# %% ../nbs/06_data.ipynb #89031aec
+# %% ../nbs/06_data.ipynb #98ca523b
 @patch
 def __iter__(self:DataLoader):
     "An epoch of batches; the first time after `load_state_dict`, what was left of one"
@@ -378,13 +393,13 @@ def __iter__(self:DataLoader):
     def skip(it): deque(itertools.islice(it, at['batch']), 0)
     self._at = at
     try:
-        if not self._own: now = _get(self._theirs); _set(self._theirs, at['before'])
+        if not self._own: now = _get(self._theirs); _set(self._theirs, at['before'])     # a foreign sampler draws as it did then
         idxs = self._indices(at)
         if not self._own and not iterable: skip(idxs)
         if self.num_workers: source = self._parallel(idxs, at)
         else: fetch = _fetcher(*self._how()); source = (fetch(i) for i in idxs)
         if iterable: skip(source)
-        if not self._own and at['batch'] and not self._theirs: _set(None, now)
+        if not self._own and at['batch'] and not self._theirs: _set(None, now)           # and the loop's body as if nothing had been
         for b in source:
             if b is _End: break
             if pin: b = tree_map_only(Tensor, Tensor.pin_memory, b)
@@ -396,12 +411,14 @@ def __iter__(self:DataLoader):
         if source: source.close()
     self._at = dict(epoch=at['epoch']+1, batch=0, seed=-1)
 
-# %% ../nbs/06_data.ipynb #61f84642
+# %% ../nbs/06_data.ipynb #9cf77623
 @patch
 def _about(self:DataLoader):
     "What a loader must have in common with the one that a state came from"
     own,ds = self._own,self.dataset
-    name = lambda s: type(s).__name__ + (f'({name(s.sampler)})' if hasattr(s,'sampler') else '')
+    def name(s):
+        about = [f'{k}={getattr(s,k)}' for k in ('num_samples','replacement','num_replicas','rank','seed') if hasattr(s,k)]
+        return f'{type(s).__name__}({", ".join(about + ([name(s.sampler)] if hasattr(s,"sampler") else []))})'
     if own: rule = 'shuffled' if own.shuffle else 'in order'
     elif isinstance(ds, IterableDataset): rule = f'a stream, {self.num_workers} workers'
     else: rule = name(self.batch_sampler or self.sampler)
@@ -410,28 +427,31 @@ def _about(self:DataLoader):
                 drop_last=int(own.drop_last if own else self.drop_last),
                 rule=f'{rule}, seeds from {"its own" if self._gen else "the global"} generator')
 
-# %% ../nbs/06_data.ipynb #91220071
+# %% ../nbs/06_data.ipynb #c1622cb1
 @patch
 def state_dict(self:DataLoader)->dict: # numbers and strings only, as many for any size of dataset
     "All that it takes to go on after the last batch handed out, whatever workers have prefetched since"
-    now = {} if self._own else dict(sampler=_get(self._theirs))
+    now = ({} if self._own else dict(sampler=_get(self._theirs))) | (dict(torch=_get(None)) if self._gen else {})
     return dict(self._at, **self._about(), generator=_get(self._gen), **now)
 
-# %% ../nbs/06_data.ipynb #15bc8ed2
+# %% ../nbs/06_data.ipynb #5cf7c412
 @patch
 def load_state_dict(self:DataLoader,
                     state:dict): # from `state_dict` of a loader built in the same way
     "Go on where `state` was taken: the next loop over this loader gives the rest of that epoch"
+    if not isinstance(state, dict) or not {'epoch','batch','seed','generator'}<={*state}:
+        raise ValueError(f'not the state of a DataLoader: {str(state)[:80]}')
     for k,v in self._about().items():
         if state.get(k)!=v:
             raise ValueError(f'this state is from a loader with {k} = {state.get(k)!r}, here it is {v!r}: '
                              'build the loader as it was, or begin a new epoch without loading')
     at = {k:state[k] for k in ('epoch','batch','seed','before') if k in state}
+    if 'torch' in state: _set(None, state['torch'])
     _set(self._gen, state['generator'])
     if not self._own: _set(self._theirs, state['sampler'])
     self._at,self._resume,self._epochs = at,(dict(at) if at['seed']>=0 else None),at['epoch']+(at['seed']>=0)
 
-# %% ../nbs/06_data.ipynb #3ad669e5
+# %% ../nbs/06_data.ipynb #dfb3108e
 def get_dls(train_ds, # dataset to train on, shuffled
             valid_ds, # dataset to validate on, in order
             bs:int, # batch size for training; validation takes `2*bs`
@@ -440,15 +460,15 @@ def get_dls(train_ds, # dataset to train on, shuffled
            )->tuple: # training and validation `DataLoader`
     "A loader that shuffles, and one that neither shuffles nor drops"
     def dl(ds, bs, transform=None, **kw):
-        if device is None or torch.device(device).type=='cpu': return DataLoader(ds, bs, transform=transform, **kw)
-        cuda = torch.device(device).type=='cuda'
         cols = (ds.x,ds.y) if type(ds) is Dataset else ds.tensors if type(ds) is TensorDataset else ()
+        there = torch.device(device or 'cpu').type=='cpu' and all(getattr(c,'is_cpu',True) for c in cols)
+        if device is None or there: return DataLoader(ds, bs, transform=transform, **kw)
+        cuda = torch.device(device).type=='cuda'
         free = torch.cuda.mem_get_info(device)[0] if cuda else float('inf')
         here = cols and not kw.get('num_workers') and all(isinstance(c,Tensor) for c in cols)
         if here and sum(c.nbytes for c in cols)<free/2:
             return DataLoader(type(ds)(*(c.to(device) for c in cols)), bs, transform=transform, **kw)
         move = lambda b: tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), b)
         return DataLoader(ds, bs, transform=(lambda b: transform(move(b))) if transform else move, **{'pin_memory':cuda, **kw})
-    order = ('shuffle','drop_last','sampler','batch_sampler')
-    valid_kw = {k:v for k,v in kwargs.items() if k not in order}
-    return dl(train_ds, bs, **{'shuffle':True, **kwargs}), dl(valid_ds, 2*bs, **valid_kw)
+    valid_kw = {k:v for k,v in kwargs.items() if k not in ('shuffle','drop_last','sampler')}
+    return dl(train_ds, bs, **{'shuffle':None if 'sampler' in kwargs else True, **kwargs}), dl(valid_ds, 2*bs, **valid_kw)

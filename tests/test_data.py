@@ -53,6 +53,8 @@ datasets = dict(
     array_of_strings=lambda: np.array(['a','bc','def']), numbers=lambda: list(range(11)), floats=lambda: [.5]*7, many=lambda: Many(9, lambda i: i),
     dicts=lambda: Items(9, lambda i: {'a':i, 'b':torch.full((2,),i), 'c':str(i), 'd':(i,[i*.5, b'x'])}), named=lambda: Items(9, lambda i: Point(i, t(2)*i)),
     npitems=lambda: Items(9, lambda i: (np.full((2,2),i,'f4'), np.int16(i))), chars=lambda: Items(7, lambda i: t(3)[:,None].T.bfloat16()),
+    backwards=lambda: np.arange(10.)[::-1], byteorder=lambda: np.arange(10, dtype='>i2').reshape(5,2)[:,0].astype('>f4'), masked=lambda: np.ma.masked_array(np.arange(4.)),
+    int16=lambda: tud.Subset(tud.TensorDataset(t(23,3)), np.array([5,-1,22], 'i2')), uint64=lambda: tud.Subset(ds(23), np.array([5,22], 'u8')),
     concat=lambda: tud.ConcatDataset([ds(5),ds(4)]), stack=lambda: tud.StackDataset(a=ds(9), b=list(range(9))), stream=lambda: Stream(23))
 
 @pytest.mark.parametrize('name', datasets)
@@ -104,7 +106,7 @@ def test_any_array(n, bs, drop, subset, dtype, shape):
 
 @pytest.mark.parametrize('kw', [dict(num_workers=-1), dict(timeout=-1), dict(persistent_workers=True), dict(sampler=[0], shuffle=True), dict(batch_size=0),
     dict(batch_size=2.5), dict(batch_size=True), dict(batch_size=-3), dict(batch_size='8'), dict(batch_sampler=[[0]], batch_size=2), dict(batch_sampler=[[0]], shuffle=True),
-    dict(batch_sampler=[[0]], drop_last=True), dict(batch_sampler=[[0]], sampler=[0]), dict(batch_size=None, drop_last=True), dict(timeout=3)])
+    dict(batch_sampler=[[0]], drop_last=True), dict(batch_sampler=[[0]], sampler=[0]), dict(batch_size=None, drop_last=True), dict(timeout=3), dict(prefetch_factor=4)])
 def test_contradictory_arguments(kw):
     for d in (ds(5), Stream(5)):
         errs = []
@@ -126,6 +128,8 @@ def test_bad_data():
             with pytest.raises(IndexError, match=rf'index {bad} of a dataset of 5 samples \(0 to 4\)'): list(DataLoader(d, 2, sampler=[0,bad]))
             with pytest.raises(IndexError, match=rf'index {bad} of a dataset of 5'): list(DataLoader(d, batch_sampler=[torch.tensor([0,bad])]))
     with pytest.raises(IndexError, match='integers'): list(DataLoader(ds(5), 2, sampler=[0.,1.]))
+    with pytest.raises(IndexError, match='empty batch'): list(DataLoader(ds(5), batch_sampler=[[0],[]]))
+    with pytest.raises(ValueError, match='`batch_sampler`'): DataLoader(ds(5), 2, sampler=Sampler(ds(5), 2))
     ragged = Items(9, lambda i: {'a':torch.zeros(3+(i==6), 2), 'b':i})
     for nw in (0,1):
         with pytest.raises(RuntimeError, match=r"samples 4 and 6 .*'a': \(3, 2\).*'a': \(4, 2\).*collate_fn"): list(DataLoader(ragged, 4, num_workers=nw))
@@ -170,6 +174,33 @@ def test_resume_with_workers(data, nw, prefetch, noise):
     d = Items(31, lambda i: (i, torch.rand(2)*noise, random.random()*noise, np.random.rand()*noise))
     cut(lambda: DataLoader(d, 4, True, num_workers=nw, prefetch_factor=prefetch), data.draw(st.integers(1,24)))
 
+@pytest.mark.parametrize('nw', [0, pytest.param(2, marks=linux)])
+def test_resume_with_random_items_and_lazy_samplers(nw):
+    class Lazy:       # draws one index after the other from torch's generator
+        def __iter__(self): return (int(torch.randint(31, ())) for _ in range(31))
+        def __len__(self): return 31
+    d = Items(31, lambda i: (i, torch.rand(2)))
+    for at in (1,5,8,11):
+        cut(lambda: DataLoader(d, 4, sampler=tud.RandomSampler(d), num_workers=nw), at)
+        cut(lambda: DataLoader(d, 4, True, num_workers=nw, generator=gen(3)), at)
+        cut(lambda: DataLoader(ds(31), 4, True, num_workers=nw, generator=gen(3), transform=lambda b: [b[0], b[1]+torch.rand(len(b[1]))]), at)
+        if not nw: cut(lambda: DataLoader(ds(31), 4, sampler=Lazy()), at)
+
+class Shuffled(tud.IterableDataset):
+    "Shuffles when an epoch begins, in the three ways there are"
+    def __iter__(self): return iter([np.random.permutation(99).tolist(), torch.randperm(99).tolist(), random.sample(range(99), 99)])
+
+@linux
+def test_streams_that_shuffle_when_they_begin():
+    def epochs(k=2):
+        torch.manual_seed(5)
+        dl = DataLoader(Shuffled(), None, num_workers=2)
+        return [list(dl) for _ in range(k)]
+    a = epochs(); random.seed(7); np.random.seed(7)
+    assert a==epochs()                                                    # `torch.manual_seed` rules
+    assert len({tuple(o) for e in a for o in e})==12                      # another order in each worker and each epoch
+    for at in (1,4,6,7): cut(lambda: DataLoader(Shuffled(), None, num_workers=2), at, epochs=2)
+
 def test_resume_at_once_twice_and_between_epochs():
     torch.manual_seed(0)
     dl = DataLoader(ds(10), 3, True); new = lambda s: (d := DataLoader(ds(10), 3, True), d.load_state_dict(s))[0]
@@ -212,7 +243,12 @@ def test_state_of_another_loader():
                        (DataLoader(ds(10),3,True,drop_last=True), 'drop_last'), (DataLoader(ds(10),3,True,generator=gen()), 'global generator.*own'),
                        (DataLoader(ds(10),3,sampler=tud.RandomSampler(ds(10))), 'RandomSampler'), (DataLoader(Stream(10),3), 'n = 10')):
         with pytest.raises(ValueError, match=what): other.load_state_dict(s)
-    with pytest.raises(ValueError, match='n = None'): dl.load_state_dict({})
+    for bad in ({}, None, dict(s, epoch=0) | dict(n=None), {k:v for k,v in s.items() if k!='generator'}):
+        with pytest.raises(ValueError, match='not the state|n = None'): dl.load_state_dict(bad)
+    d = ds(12); samplers = [tud.RandomSampler(d), tud.RandomSampler(d, replacement=True), tud.RandomSampler(d, num_samples=5),
+                            *(tud.DistributedSampler(d, 2, r, seed=s) for r in (0,1) for s in (1,2))]
+    for a,b in itertools.permutations(samplers, 2):
+        with pytest.raises(ValueError, match='rule'): DataLoader(d, 3, sampler=b).load_state_dict(DataLoader(d, 3, sampler=a).state_dict())
 
 # ---- order and seeds
 
@@ -293,6 +329,10 @@ def test_get_dls():
     assert tr.dataset.x.device.type=='meta' and va.dataset.dataset.x.device.type=='cpu'       # moved whole; moved batch by batch
     assert {t.device.type for dl in (tr,va) for b in dl for t in b}=={'meta'}
     assert isinstance(tr, tud.DataLoader)
+    tr,va = get_dls(ds(20), ds(9), 4, sampler=tud.SubsetRandomSampler([3,4]))
+    assert sorted(sum(numbers(tr),[]))==[3,4] and sum(numbers(va),[])==list(range(9))
+    on_meta = Dataset(*(torch.zeros(9, device='meta') for _ in 'xy'))
+    with pytest.raises(NotImplementedError): get_dls(on_meta, ds(9), 4, device='cpu')         # tries to bring them here, from where nothing comes
 
 def test_memory_map(tmp_path):
     rows = 2**20
@@ -324,6 +364,29 @@ def pids(dl):
 
 def work(n=40, secs=.005, size=1): return Items(n, lambda i: (time.sleep(secs), torch.full((size,),i))[1])
 
+class Trap:
+    err = None
+    def __reduce__(self): return spring, ()
+def spring(): raise Trap.err('sprung')
+
+@linux
+def test_two_pools_close_in_any_order():
+    a,b = (iter(DataLoader(ds(40), 2, num_workers=2)) for _ in range(2))
+    next(a); next(b)
+    mine = [p for p in multiprocessing.active_children()]
+    codes = []
+    close = multiprocessing.process.BaseProcess.kill
+    multiprocessing.process.BaseProcess.kill = lambda p: (codes.append(p.pid), close(p))
+    try: a.close(); b.close()
+    finally: multiprocessing.process.BaseProcess.kill = close
+    assert len(mine)==4 and codes==[] and not multiprocessing.active_children()               # they ended by themselves
+
+@linux
+def test_copies_of_a_loader_with_live_workers():
+    import copy
+    dl = DataLoader(ds(12), 4, num_workers=1, persistent_workers=True); list(dl)
+    assert numbers(copy.deepcopy(dl))==numbers(dl)==[[0,1,2,3],[4,5,6,7],[8,9,10,11]]
+
 @linux
 def test_worker_exception():
     class Odd(Exception):
@@ -336,6 +399,16 @@ def test_worker_exception():
         for word in ('worker 0 (pid ', 'index 5', 'in f\n', type(err).__name__): assert word in str(e.value), str(e.value)
     with pytest.raises(RuntimeError, match='exited with status 3'): list(DataLoader(Items(9, lambda i: os._exit(3)), 2, num_workers=2))
     with pytest.raises(Exception, match='pickle'): list(DataLoader(Items(9, lambda i: lambda: i), 2, num_workers=1, collate_fn=list))
+    class Strict(Exception):
+        index = 'mine'
+        def __setattr__(self, *_): raise RuntimeError('not with me')
+    with pytest.raises(Strict) as e: list(DataLoader(Items(9, lambda i: f(i,Strict())), 2))
+    assert e.value.index=='mine'
+    for err in (EOFError, ConnectionResetError):                          # while the batch is unpickled in this process: not a death
+        Trap.err = err
+        with pytest.raises(err, match='sprung'): list(DataLoader(Items(9, lambda i: Trap()), 2, num_workers=1, collate_fn=list))
+    with pytest.raises(ValueError, match=r'index range\(4, 6\)'): list(DataLoader(Many(9, lambda i: f(i,ValueError())), 2, num_workers=1))
+    with pytest.raises(ZeroDivisionError, match=r'index \[2, 3\]'): list(DataLoader(Items(9, int), 2, num_workers=1, collate_fn=lambda b: b[0]//(b[0]-2)))
     def init(w): raise ValueError('no start')
     with pytest.raises(ValueError, match='no start'): list(DataLoader(ds(9), 2, num_workers=2, worker_init_fn=init))
     assert not multiprocessing.active_children()
