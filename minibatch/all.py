@@ -6,3 +6,4 @@ from .metrics import *
 from .models import *
 from .optim import *
 from .data import *
+from .training import *

@@ -5,82 +5,125 @@
 # %% auto #0
 __all__ = ['train', 'main']
 
-# %% ../nbs/08_cli.ipynb #644ba34d
-import os, sys, time
+# %% ../nbs/08_cli.ipynb #cc4a6b16
+import csv, json, os, sys
 from pathlib import Path
 import torch
-from torch import nn
-import torch.nn.functional as F
-from fastcore.script import anno_parser
-from .datasets import get_data, dataset_classes, DatasetError
+from fastcore.script import anno_parser, store_true
+from .datasets import *
+from .losses import cross_entropy
+from .metrics import accuracy
+from .models import mlp, cnn
+from .optim import SGD
+from .data import Dataset, get_dls
+from .training import fit, evaluate, History, Checkpoint
 
-# %% ../nbs/08_cli.ipynb #b4029a1c
-def _epochs(model, x_train, y_train, x_valid, y_valid, epochs, bs, lr):
-    "Train with plain SGD; yield `(epoch, train loss, valid loss, accuracy, seconds)` after each epoch"
-    opt = torch.optim.SGD(model.parameters(), lr)
-    for epoch in range(1, epochs+1):
-        start, total = time.perf_counter(), torch.zeros(())
-        for idxs in torch.randperm(len(x_train)).split(bs):
-            loss = F.cross_entropy(model(x_train[idxs]), y_train[idxs])
-            loss.backward()
-            opt.step()
-            opt.zero_grad()
-            total += loss.detach()*len(idxs)     # the last batch may be smaller, so each counts by its size
-        if not total.isfinite(): raise RuntimeError(f'the loss is {total.item()} in epoch {epoch}; try a smaller --lr than {lr}')
-        with torch.no_grad(): preds = model(x_valid)
-        valid_loss, acc = F.cross_entropy(preds, y_valid), (preds.argmax(1)==y_valid).float().mean()
-        yield epoch, total.item()/len(x_train), valid_loss.item(), acc.item(), time.perf_counter()-start
+# %% ../nbs/08_cli.ipynb #21227ff1
+def _settings(given, config=None):
+    "Complete settings: what the user gave, else what the resumed run had, else what is sensible for data set and model"
+    given,config = {k: v for k,v in given.items() if v is not None}, config or {}
+    for k in {*given} & {*config} - {'epochs', 'device', 'workers'}:
+        if given[k]!=config[k]: raise ValueError(f'--{k} is {given[k]}, but the run to resume has {config[k]}: leave it out, or begin a new run')
+    s = config | given
+    s = dict(dataset='digits', model='mlp', bs=64, momentum=0.9, device='auto', workers=0, seed=42) | s
+    s = dict(epochs=30 if s['dataset']=='digits' else 3 if s['model']=='cnn' else 5, lr=0.05) | s
+    dataset_classes(s['dataset'])     # complains about an unknown name
+    if s['model'] not in ('mlp', 'cnn'): raise ValueError(f"there is no model {s['model']!r}; there are 'mlp', 'cnn'")
+    bad = dict(epochs=s['epochs']<1, bs=not 0<s['bs']<2**31, lr=not 0<s['lr']<float('inf'), momentum=not 0<=s['momentum']<1,
+               workers=not 0<=s['workers']<=os.cpu_count()*8, seed=not 0<=s['seed']<2**63)
+    for k,b in bad.items():
+        if b: raise ValueError(f'--{k} is {s[k]}, which is out of range')
+    return s
 
-# %% ../nbs/08_cli.ipynb #f7abbe71
+# %% ../nbs/08_cli.ipynb #d55daf34
+def _device(name):
+    "The device that `name` stands for, after trying it out"
+    if name=='auto': name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try: return torch.zeros(1, device=name).device
+    except (RuntimeError,AssertionError) as e:
+        raise ValueError(f'--device {name} does not work here ({str(e).splitlines()[0]}); auto and cpu always do') from e
+
+# %% ../nbs/08_cli.ipynb #60547c40
 def _put(path, write):
     "Let `write` make a file under a temporary name, then give it the name `path`"
-    tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')     # two runs may write to the same folder
+    tmp = path.with_name(f'.{os.getpid()}.{path.name}')     # two runs may write to the same folder
     try:
         write(tmp)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-_default_epochs = dict(digits=30, mnist=5, kmnist=5)
+def _save_table(rows, path):
+    with open(path, 'w', newline='') as f:
+        w = csv.DictWriter(f, rows[0])
+        w.writeheader()
+        w.writerows(rows)
 
+# %% ../nbs/08_cli.ipynb #99010ce2
+def _show_predictions(model, valid_dl, classes, n=12):
+    "A figure of `n` validation images that the net gets right, then the `n` with the largest loss among the wrong ones"
+    import matplotlib.pyplot as plt
+    model.eval()
+    with torch.no_grad(): x,y,out = (torch.cat(t).cpu() for t in zip(*((xb, yb, model(xb)) for xb,yb in valid_dl)))
+    losses, guess = cross_entropy(out, y, reduction='none'), out.argmax(1)
+    right, wrong = (guess==y).nonzero()[:n,0], (guess!=y).nonzero()[:,0]
+    pick = torch.cat([right, wrong[losses[wrong].argsort(descending=True)[:n]]])
+    show_images(x[pick], [classes[g] if g==t else f'{classes[g]}, is {classes[t]}' for g,t in zip(guess[pick], y[pick])], ncols=n)
+    return plt.gcf()
+
+# %% ../nbs/08_cli.ipynb #e4664612
 def train(
-    dataset:str='digits', # data to train on: digits (in the package), mnist or kmnist (downloaded, or found in $MINIBATCH_DATA)
-    epochs:int=None, # passes over the training data; default: 30 for the digits, 5 otherwise
-    bs:int=64, # images per batch
-    lr:float=0.2, # learning rate of SGD
-    seed:int=42, # seed of the random numbers: the same seed gives the same run
-    out:str='minibatch-run', # folder for the results: model.pt and history.csv
-):
-    "Train a small network on handwriting, print a line per epoch, and leave the results in a folder"
-    if epochs is None: epochs = _default_epochs.get(dataset, 1)
-    for name,bad in dict(epochs=epochs<1, bs=not 0<bs<2**31, lr=not 0<lr<float('inf'), seed=not 0<=seed<2**63).items():
-        if bad: raise ValueError(f'--{name} is {locals()[name]}, which is out of range')
-    dataset_classes(dataset)                   # complains about an unknown name
-    out = Path(out)
+    dataset:str=None, # data to train on: digits (in the package; the default), mnist or kmnist (downloaded, or found in $MINIBATCH_DATA)
+    model:str=None, # mlp (the default) or cnn
+    epochs:int=None, # passes over the training data; default: 30 for the digits, else 5 (mlp) or 3 (cnn)
+    bs:int=None, # images per batch; default: 64
+    lr:float=None, # learning rate of SGD; default: 0.05
+    momentum:float=None, # momentum of SGD, in [0,1); default: 0.9
+    device:str=None, # auto (the default), cpu, cuda, ...
+    workers:int=None, # processes that load data; default: 0, the fastest for data in memory
+    out:str='minibatch-run', # folder for the results
+    resume:store_true=False, # go on from the checkpoint in the folder, with its settings; epochs, device and workers may change
+    seed:int=None, # seed of the random numbers, the same seed gives the same run; default: 42
+)->int: # exit status: 0, or 130 if the run was interrupted
+    "Train a small network on handwriting, print a line per epoch, and leave weights, history and pictures in a folder"
+    given, out = {k: v for k,v in locals().items() if k not in ('out', 'resume')}, Path(out)
+    if resume and not (out/'config.json').exists(): raise ValueError(f'--resume, but {out} holds no run; run without it first')
+    try: s = _settings(given, json.loads((out/'config.json').read_text()) if resume else None)
+    except json.JSONDecodeError as e: raise ValueError(f'{out/"config.json"} is not what a run leaves there ({e})') from e
+    device = _device(s['device'])
     out.mkdir(parents=True, exist_ok=True)     # before training: a folder that cannot be made should be known now
-    data = get_data(dataset)
-    print(f'{dataset}: {len(data[0]):,} images to train on, {len(data[2]):,} to validate')
-    print(f'{"epoch":>5} {"train_loss":>10} {"valid_loss":>10} {"accuracy":>8} {"seconds":>7}')
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(784,50), nn.ReLU(), nn.Linear(50,10))
-    rows = []
-    for row in _epochs(model, *data, epochs, bs, lr):
-        rows.append(row)
-        print('{:5} {:10.4f} {:10.4f} {:8.4f} {:7.2f}'.format(*row), flush=True)
-    header = 'epoch train_loss valid_loss accuracy seconds'.split()
-    _put(out/'model.pt', lambda p: torch.save(model.state_dict(), p))
-    _put(out/'history.csv', lambda p: p.write_text('\n'.join(','.join(map(str, r)) for r in [header, *rows]) + '\n'))
-    print(f'accuracy {rows[-1][3]:.4f} on the validation images; model.pt and history.csv are in {out}{os.sep}')
+    x_train,y_train,x_valid,y_valid = get_data(s['dataset'])
+    checkpoint, history = Checkpoint(out/'checkpoint'), History()
+    if not resume:
+        for f in (checkpoint.path, checkpoint.prev): f.unlink(missing_ok=True)
+    _put(out/'config.json', lambda p: p.write_text(json.dumps(s, indent=1)))
+    print(f"{s['dataset']}: {len(x_train):,} images to train on, {len(x_valid):,} to validate; {s['model']} on {device}")
+    torch.manual_seed(s['seed'])
+    net = (cnn(10) if s['model']=='cnn' else mlp(784, 50, 10)).to(device)
+    train_dl,valid_dl = get_dls(Dataset(x_train,y_train), Dataset(x_valid,y_valid), s['bs'], device=device, num_workers=s['workers'])
+    opt = SGD(net.parameters(), lr=s['lr'], momentum=s['momentum'])
+    fit(s['epochs'], net, cross_entropy, opt, train_dl, valid_dl, cbs=[history, checkpoint])
+    if len(history.rows)<s['epochs']:
+        print(f'minibatch: interrupted; --resume --out {out} goes on', file=sys.stderr)
+        return 130
+    import matplotlib.pyplot as plt
+    history.plot()
+    for name,fig in (('loss', plt.gcf()), ('predictions', _show_predictions(net, valid_dl, dataset_classes(s['dataset'])))):
+        _put(out/f'{name}.png', lambda p: fig.savefig(p, bbox_inches='tight'))
+        plt.close(fig)
+    _put(out/'history.csv', lambda p: _save_table(history.rows, p))
+    _put(out/'model.pt', lambda p: torch.save(net.cpu().state_dict(), p))
+    print(f"accuracy {history.rows[-1]['accuracy']:.4f} on the validation images; model.pt, history.csv, loss.png, predictions.png and "
+          f"config.json are in {out}{os.sep}")
+    return 0
 
-# %% ../nbs/08_cli.ipynb #b66cf89d
+# %% ../nbs/08_cli.ipynb #0afd4220
 def main(argv=None # list of `str`; None: what stands on the command line
         )->int: # exit status: 0, 1 (the run failed), 2 (bad use) or 130 (interrupted)
     "The command `minibatch`"
     parser = anno_parser(train, prog='minibatch')
     parser.error = lambda message: parser.exit(2, f'minibatch: {message} (minibatch --help tells more)\n')
     args = vars(parser.parse_args(argv))
-    try:
-        train(**{k: v for k,v in args.items() if k not in ('pdb', 'xtra')})     # fastcore's own two options
-        return 0
+    try: return train(**{k: v for k,v in args.items() if k not in ('pdb', 'xtra')})     # fastcore's own two options
     except KeyboardInterrupt: status, why = 130, 'interrupted'
     except (DatasetError, RuntimeError, OSError) as e: status, why = 1, e
     except ValueError as e: status, why = 2, e

@@ -1,6 +1,8 @@
 "The command `minibatch`, run as a user runs it"
-import csv, os, subprocess, sys
+import csv, json, os, signal, subprocess, sys
 import pytest, torch
+
+FILES = ['checkpoint', 'checkpoint.prev', 'config.json', 'history.csv', 'loss.png', 'model.pt', 'predictions.png']
 
 def run(*argv, cwd, env=(), code='from minibatch.cli import main; raise SystemExit(main())'):
     return subprocess.run([sys.executable, '-c', code, *map(str, argv)], cwd=cwd, env={**os.environ, **dict(env)}, capture_output=True, text=True)
@@ -14,19 +16,86 @@ def test_no_argument_trains_on_the_digits(tmp_path, bare):
     assert [int(r['epoch']) for r in rows]==list(range(1, len(rows)+1)) and f"{float(rows[-1]['accuracy']):.4f}"==last.split()[1]
     assert len({len(l) for l in p.stdout.splitlines()[1:-1]})==1                      # the table is aligned
     assert torch.load(tmp_path/'minibatch-run'/'model.pt', weights_only=True)['0.weight'].shape==(50,784)
-    assert sorted(f.name for f in (tmp_path/'minibatch-run').iterdir())==['history.csv', 'model.pt']
+    assert sorted(f.name for f in (tmp_path/'minibatch-run').iterdir())==FILES
+    for f in ('loss', 'predictions'): assert (tmp_path/'minibatch-run'/f'{f}.png').read_bytes().startswith(b'\x89PNG')
+    config = json.loads((tmp_path/'minibatch-run'/'config.json').read_text())
+    assert config==dict(dataset='digits', model='mlp', epochs=30, bs=64, lr=0.05, momentum=0.9, device='auto', workers=0, seed=42)
 
 def test_mnist_in_three_epochs(tmp_path, bare, shared):
     p = run('--dataset', 'mnist', '--epochs', 3, '--out', 'here', cwd=tmp_path, env={'MINIBATCH_DATA': str(shared)})
     assert p.returncode==0 and len(p.stdout.splitlines())==6
     assert float(p.stdout.splitlines()[-1].split()[1])>0.95
 
+def weights(folder): return torch.load(folder/'model.pt', weights_only=True)
+def same(a, b): return a.keys()==b.keys() and all(a[k].equal(b[k]) for k in a)
+
+def test_every_option(tmp_path, bare):
+    opts = dict(dataset='digits', model='cnn', epochs=1, bs=100, lr=0.02, momentum=0.5, device='cpu', workers=2, seed=7)
+    p = run(*(a for k,v in opts.items() for a in (f'--{k}', v)), '--out', 'all/of/it', cwd=tmp_path)
+    assert p.returncode==0 and json.loads((tmp_path/'all/of/it/config.json').read_text())==opts
+    assert weights(tmp_path/'all/of/it')['2.weight'].shape==(32,1,3,3)
+
+def test_a_killed_run_resumed_is_the_whole_run(tmp_path, bare):
+    run('--epochs', 12, '--out', 'whole', cwd=tmp_path)
+    code = '''if 1:
+        import os, signal, minibatch.training as t, minibatch.cli as c
+        class Bomb(t.Callback):
+            order = 300
+            def after_epoch(self, run):
+                if run.epoch==5: os.kill(os.getpid(), signal.SIGKILL)
+        fit = c.fit
+        c.fit = lambda *args, cbs, **kw: fit(*args, cbs=[*cbs, Bomb()], **kw)
+        raise SystemExit(c.main())'''
+    assert run('--epochs', 12, '--out', 'cut', cwd=tmp_path, code=code).returncode==-9
+    p = run('--resume', '--out', 'cut', cwd=tmp_path)
+    assert p.returncode==0 and 'going on after' in p.stdout
+    assert same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))
+    rows = [[{k: v for k,v in r.items() if k!='seconds'} for r in csv.DictReader(open(tmp_path/f/'history.csv'))] for f in ('whole', 'cut')]
+    assert rows[0]==rows[1] and len(rows[0])==12
+    longer = run('--resume', '--out', 'cut', '--epochs', 14, cwd=tmp_path), run('--epochs', 14, '--out', 'whole', cwd=tmp_path)
+    assert all(p.returncode==0 for p in longer) and same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))
+
+def test_a_config_repeats_the_run(tmp_path, bare):
+    run('--epochs', 2, '--seed', 5, '--lr', 0.1, '--out', 'a', cwd=tmp_path)
+    config = json.loads((tmp_path/'a'/'config.json').read_text())
+    run(*(a for k,v in config.items() for a in (f'--{k}', v)), '--out', 'b', cwd=tmp_path)
+    assert same(weights(tmp_path/'a'), weights(tmp_path/'b'))
+
+def test_resume_needs_the_run_it_goes_on_with(tmp_path, bare):
+    run('--epochs', 1, cwd=tmp_path)
+    before = {f.name: f.read_bytes() for f in (tmp_path/'minibatch-run').iterdir()}
+    for argv,why in ((['--lr', 0.2], '--lr is 0.2, but the run to resume has 0.05'), (['--model', 'cnn'], 'has mlp'), (['--out', 'elsewhere'], 'elsewhere holds no run')):
+        p = run('--resume', *argv, cwd=tmp_path)
+        assert (p.returncode, p.stderr.count('\n'))==(2, 1) and why in p.stderr
+    assert before=={f.name: f.read_bytes() for f in (tmp_path/'minibatch-run').iterdir()}
+    (tmp_path/'minibatch-run'/'config.json').write_text('{"dataset": "dig')
+    p = run('--resume', cwd=tmp_path)
+    assert (p.returncode, p.stderr.count('\n'))==(2, 1) and 'config.json is not what a run leaves there' in p.stderr
+
+def test_ctrl_c_is_status_130_and_can_be_resumed(tmp_path, bare):
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from minibatch.cli import main; raise SystemExit(main())"
+    p = subprocess.Popen([sys.executable, '-c', code, '--epochs', '100000'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in p.stdout:
+        if line.split()[0]=='3': break
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate()
+    assert p.returncode==130 and '--resume --out minibatch-run goes on' in err and err.count('\n')==1
+    p = run('--resume', '--epochs', 1, cwd=tmp_path)          # has more already: there is nothing left to do
+    assert p.returncode==0 and len(list(csv.DictReader(open(tmp_path/'minibatch-run'/'history.csv'))))>=3
+
+def test_python_m_minibatch(tmp_path, bare):
+    p = subprocess.run([sys.executable, '-m', 'minibatch', '--epochs', '1'], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode==0 and sorted(f.name for f in (tmp_path/'minibatch-run').iterdir())==[f for f in FILES if f!='checkpoint.prev']
+    p = subprocess.run([sys.executable, '-m', 'minibatch', '--epochs', '0'], cwd=tmp_path, capture_output=True, text=True)
+    assert p.returncode==2 and p.stderr.startswith('minibatch: --epochs is 0')
+
 def test_the_same_seed_gives_the_same_run(tmp_path, bare):
     losses = [[r.split()[1] for r in run('--seed', s, '--epochs', 2, cwd=tmp_path).stdout.splitlines()[2:4]] for s in (1,1,2)]
     assert losses[0]==losses[1]!=losses[2]
 
 @pytest.mark.parametrize('argv', [['--dataset', 'minst'], ['--epochs', 'many'], ['--epochs', '0'], ['--epochs', '-1'], ['--bs', '0'], ['--bs', '1.5'], ['--bs', str(10**30)], ['--lr', '0'],
-                                  ['--lr', 'nan'], ['--lr', 'inf'], ['--seed', '-1'], ['--frobnicate'], ['surplus'], ['--lr']])
+                                  ['--lr', 'nan'], ['--lr', 'inf'], ['--model', 'rnn'], ['--momentum', '1'], ['--momentum', '-0.5'], ['--device', 'warp'], ['--device', 'cuda:99'],
+                                  ['--workers', '-1'], ['--workers', '1000000'], ['--seed', '-1'], ['--frobnicate'], ['surplus'], ['--lr']])
 def test_bad_use_is_one_line_and_status_2(tmp_path, bare, argv):
     p = run(*argv, cwd=tmp_path)
     assert (p.returncode, p.stdout, p.stderr.count('\n'))==(2, '', 1)
@@ -43,7 +112,7 @@ def test_a_run_that_fails_is_one_line_and_status_1(tmp_path, bare):
 
 def test_help(tmp_path):
     p = run('--help', cwd=tmp_path)
-    assert p.returncode==0 and all(f'--{o} ' in p.stdout for o in 'dataset epochs bs lr seed out'.split())
+    assert p.returncode==0 and all(f'--{o} ' in p.stdout for o in 'dataset model epochs bs lr momentum device workers out resume seed'.split())
 
 def test_a_reader_that_leaves_early(tmp_path, bare):
     p = subprocess.Popen([sys.executable, '-c', 'from minibatch.cli import main; raise SystemExit(main())'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
