@@ -5,48 +5,60 @@
 # %% auto #0
 __all__ = ['train', 'main']
 
-# %% ../nbs/08_cli.ipynb #cc4a6b16
-import csv, json, os, sys
+# %% ../nbs/08_cli.ipynb #b78c0571
+import csv, json, os, sys, warnings
 from pathlib import Path
 import torch
 from fastcore.script import anno_parser, store_true
 from .datasets import *
 from .losses import cross_entropy
-from .metrics import accuracy
 from .models import mlp, cnn
 from .optim import SGD
 from .data import Dataset, get_dls
-from .training import fit, evaluate, History, Checkpoint
+from .training import fit, History, Checkpoint
 
-# %% ../nbs/08_cli.ipynb #21227ff1
+# %% ../nbs/08_cli.ipynb #c2507fc8
 def _settings(given, config=None):
     "Complete settings: what the user gave, else what the resumed run had, else what is sensible for data set and model"
     given,config = {k: v for k,v in given.items() if v is not None}, config or {}
     for k in {*given} & {*config} - {'epochs', 'device', 'workers'}:
-        if given[k]!=config[k]: raise ValueError(f'--{k} is {given[k]}, but the run to resume has {config[k]}: leave it out, or begin a new run')
+        if given[k]!=config[k]:
+            raise ValueError(f'--{k} is {given[k]}, but the run to resume has {config[k]}: leave it out, or begin a new run')
     s = config | given
     s = dict(dataset='digits', model='mlp', bs=64, momentum=0.9, device='auto', workers=0, seed=42) | s
     s = dict(epochs=30 if s['dataset']=='digits' else 3 if s['model']=='cnn' else 5, lr=0.05) | s
     dataset_classes(s['dataset'])     # complains about an unknown name
     if s['model'] not in ('mlp', 'cnn'): raise ValueError(f"there is no model {s['model']!r}; there are 'mlp', 'cnn'")
-    bad = dict(epochs=s['epochs']<1, bs=not 0<s['bs']<2**31, lr=not 0<s['lr']<float('inf'), momentum=not 0<=s['momentum']<1,
+    bad = dict(epochs=s['epochs']<1, bs=not 0<s['bs']<2**31, lr=not 0<s['lr']<1e38, momentum=not 0<=s['momentum']<1,
                workers=not 0<=s['workers']<=os.cpu_count()*8, seed=not 0<=s['seed']<2**63)
     for k,b in bad.items():
         if b: raise ValueError(f'--{k} is {s[k]}, which is out of range')
     return s
 
-# %% ../nbs/08_cli.ipynb #d55daf34
+# %% ../nbs/08_cli.ipynb #a6f50e3d
+def _read_config(path):
+    "The settings in `path`, if they are all there and of the right types"
+    try:
+        c = json.loads(path.read_text())
+        kinds = dict(dataset=str, model=str, epochs=int, bs=int, lr=float, momentum=float, device=str, workers=int, seed=int)
+        if not isinstance(c, dict) or {*c}!={*kinds}: raise ValueError(f'expected the settings {", ".join(kinds)}')
+        for k,kind in kinds.items():
+            if type(c[k]) is not kind and not (kind is float and type(c[k]) is int): raise ValueError(f'{k} is {c[k]!r}')
+        return c
+    except ValueError as e: raise ValueError(f'{path} is not what a run leaves there ({e})') from e
+
+# %% ../nbs/08_cli.ipynb #ed31f692
 def _device(name):
     "The device that `name` stands for, after trying it out"
     if name=='auto': name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try: return torch.zeros(1, device=name).device
+    try: return (t := torch.zeros(1, device=name), t.cpu())[0].device     # there, and back
     except (RuntimeError,AssertionError) as e:
         raise ValueError(f'--device {name} does not work here ({str(e).splitlines()[0]}); auto and cpu always do') from e
 
-# %% ../nbs/08_cli.ipynb #60547c40
+# %% ../nbs/08_cli.ipynb #154d0c9e
 def _put(path, write):
     "Let `write` make a file under a temporary name, then give it the name `path`"
-    tmp = path.with_name(f'.{os.getpid()}.{path.name}')     # two runs may write to the same folder
+    tmp = path.with_name(f'.{os.getpid()}.{path.name}')
     try:
         write(tmp)
         os.replace(tmp, path)
@@ -70,7 +82,7 @@ def _show_predictions(model, valid_dl, classes, n=12):
     show_images(x[pick], [classes[g] if g==t else f'{classes[g]}, is {classes[t]}' for g,t in zip(guess[pick], y[pick])], ncols=n)
     return plt.gcf()
 
-# %% ../nbs/08_cli.ipynb #e4664612
+# %% ../nbs/08_cli.ipynb #73863ea7
 def train(
     dataset:str=None, # data to train on: digits (in the package; the default), mnist or kmnist (downloaded, or found in $MINIBATCH_DATA)
     model:str=None, # mlp (the default) or cnn
@@ -86,22 +98,30 @@ def train(
 )->int: # exit status: 0, or 130 if the run was interrupted
     "Train a small network on handwriting, print a line per epoch, and leave weights, history and pictures in a folder"
     given, out = {k: v for k,v in locals().items() if k not in ('out', 'resume')}, Path(out)
+    checkpoint, history, results = Checkpoint(out/'checkpoint'), History(), ['model.pt', 'history.csv', 'loss.png', 'predictions.png']
+    begun = checkpoint.path.exists() or checkpoint.prev.exists()
+    if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; expected a folder')
     if resume and not (out/'config.json').exists(): raise ValueError(f'--resume, but {out} holds no run; run without it first')
-    try: s = _settings(given, json.loads((out/'config.json').read_text()) if resume else None)
-    except json.JSONDecodeError as e: raise ValueError(f'{out/"config.json"} is not what a run leaves there ({e})') from e
+    if begun and not resume and not (out/'model.pt').exists():
+        raise ValueError(f'{out} holds a run that was not finished: --resume goes on with it; remove it, or choose another --out, to begin anew')
+    config = _read_config(out/'config.json') if resume else {}
+    s = _settings(given, config)
     device = _device(s['device'])
     out.mkdir(parents=True, exist_ok=True)     # before training: a folder that cannot be made should be known now
     x_train,y_train,x_valid,y_valid = get_data(s['dataset'])
-    checkpoint, history = Checkpoint(out/'checkpoint'), History()
-    if not resume:
-        for f in (checkpoint.path, checkpoint.prev): f.unlink(missing_ok=True)
-    _put(out/'config.json', lambda p: p.write_text(json.dumps(s, indent=1)))
     print(f"{s['dataset']}: {len(x_train):,} images to train on, {len(x_valid):,} to validate; {s['model']} on {device}")
     torch.manual_seed(s['seed'])
     net = (cnn(10) if s['model']=='cnn' else mlp(784, 50, 10)).to(device)
     train_dl,valid_dl = get_dls(Dataset(x_train,y_train), Dataset(x_valid,y_valid), s['bs'], device=device, num_workers=s['workers'])
     opt = SGD(net.parameters(), lr=s['lr'], momentum=s['momentum'])
+    if not resume:
+        for f in (checkpoint.path, checkpoint.prev, *(out/r for r in results)): f.unlink(missing_ok=True)
+    elif not begun: print(f'no epoch of the run in {out} was finished: beginning anew')
+    def save_settings(): _put(out/'config.json', lambda p: p.write_text(json.dumps(s, indent=1)))
+    if s['epochs']>=config.get('epochs', 0): save_settings()
     fit(s['epochs'], net, cross_entropy, opt, train_dl, valid_dl, cbs=[history, checkpoint])
+    if len(history.rows)>s['epochs']: raise ValueError(f"--epochs is {s['epochs']}, but {len(history.rows)} are done")
+    save_settings()
     if len(history.rows)<s['epochs']:
         print(f'minibatch: interrupted; --resume --out {out} goes on', file=sys.stderr)
         return 130
@@ -116,13 +136,14 @@ def train(
           f"config.json are in {out}{os.sep}")
     return 0
 
-# %% ../nbs/08_cli.ipynb #0afd4220
+# %% ../nbs/08_cli.ipynb #3f56ab74
 def main(argv=None # list of `str`; None: what stands on the command line
         )->int: # exit status: 0, 1 (the run failed), 2 (bad use) or 130 (interrupted)
     "The command `minibatch`"
     parser = anno_parser(train, prog='minibatch')
     parser.error = lambda message: parser.exit(2, f'minibatch: {message} (minibatch --help tells more)\n')
     args = vars(parser.parse_args(argv))
+    warnings.showwarning = lambda message, *_: print('minibatch:', message, file=sys.stderr)     # one line, as for errors
     try: return train(**{k: v for k,v in args.items() if k not in ('pdb', 'xtra')})     # fastcore's own two options
     except KeyboardInterrupt: status, why = 130, 'interrupted'
     except (DatasetError, RuntimeError, OSError) as e: status, why = 1, e

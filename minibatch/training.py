@@ -330,7 +330,7 @@ class EarlyStop(Callback):
     def state_dict(self): return dict(record=self.record, bad=self.bad)
     def load_state_dict(self, s): self.record,self.bad = s['record'],s['bad']
 
-# %% ../nbs/07_fit.ipynb #f83f37b8
+# %% ../nbs/07_fit.ipynb #09b036b5
 class Accumulate(Callback):
     "One update for the mean gradient of `n` batches, as if they were one"
     order = -20
@@ -339,7 +339,7 @@ class Accumulate(Callback):
                 ):
         if n<1: raise ValueError(f'n is {n}: expected at least 1')
         self.n,self.batches,self.total,self.first = n,0,0,1
-    def before_fit(self, run): self.opt,self.params,self.batches,self.total = run.opt,run.params,0,0
+    def before_fit(self, run): self.params,self.batches,self.total = run.params,0,0
     def before_backward(self, run):
         if not self.batches: self.first = run.n
         run.loss = run.loss*(run.n/self.first)
@@ -381,7 +381,7 @@ def _set_rng(s, dl):
     keys,*rest = s['numpy']
     np.random.set_state(('MT19937', np.frombuffer(bytes.fromhex(keys), np.uint32), *rest))
 
-# %% ../nbs/07_fit.ipynb #5520bba8
+# %% ../nbs/07_fit.ipynb #b10b8ff1
 @patch
 def state_dict(self:Run
               )->dict: # tensors (not copied), numbers, strings, lists and dicts
@@ -389,12 +389,13 @@ def state_dict(self:Run
     self.means.read()
     dl,means = self.train_dl,self.means
     return dict(model=self.model.state_dict(), others=[p.detach() for p in self.others()], opt=self.opt.state_dict(),
+                loss=self.loss_func.state_dict() if isinstance(self.loss_func, nn.Module) else {},
                 loader=dl.state_dict() if hasattr(dl,'state_dict') else None,
                 cbs=[cb.state_dict() for cb in self.cbs if hasattr(cb,'state_dict')], rng=_get_rng(dl), epoch=self.epoch, batch=self.batch,
                 means=[means.n,means.batches,list(means.sums)], seconds=time.perf_counter()-self.start if self.batch else 0.,
                 figures=list(self.figures), stop=self.stop)
 
-# %% ../nbs/07_fit.ipynb #32848a97
+# %% ../nbs/07_fit.ipynb #57aa746e
 @patch
 def load_state_dict(self:Run,
                     s:dict): # from `state_dict` of a run that was set up in the same way
@@ -403,6 +404,7 @@ def load_state_dict(self:Run,
     self.model.load_state_dict(s['model'])
     for p,v in zip(self.others(), s['others']): p.data.copy_(v)
     self.opt.load_state_dict(s['opt'])
+    if s['loss']: self.loss_func.load_state_dict(s['loss'])
     for cb,state in zip([cb for cb in self.cbs if hasattr(cb,'state_dict')], s['cbs']): cb.load_state_dict(state)
     self.epoch,self.batch,self.seconds,self.stop = s['epoch'],s['batch'],s['seconds'],s['stop']
     self.means,self.figures = _Means(*s['means']),tuple(s['figures'])

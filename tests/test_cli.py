@@ -68,9 +68,32 @@ def test_resume_needs_the_run_it_goes_on_with(tmp_path, bare):
         p = run('--resume', *argv, cwd=tmp_path)
         assert (p.returncode, p.stderr.count('\n'))==(2, 1) and why in p.stderr
     assert before=={f.name: f.read_bytes() for f in (tmp_path/'minibatch-run').iterdir()}
-    (tmp_path/'minibatch-run'/'config.json').write_text('{"dataset": "dig')
+    good = json.loads(before['config.json'])
+    for bad in (b'{"dataset": "dig', b'[]', b'{}', b'\xff\xfe{', json.dumps(dict(good, lr='0.05')).encode(), json.dumps(dict(good, foo=1)).encode(), json.dumps(dict(good, bs=64.)).encode()):
+        (tmp_path/'minibatch-run'/'config.json').write_bytes(bad)
+        p = run('--resume', cwd=tmp_path)
+        assert (p.returncode, p.stderr.count('\n'))==(2, 1) and 'config.json is not what a run leaves there' in p.stderr
+
+def test_a_damaged_checkpoint_is_passed_over_in_one_line(tmp_path, bare):
+    run('--epochs', 3, cwd=tmp_path)
+    f = tmp_path/'minibatch-run'/'checkpoint'
+    want, f_bytes = weights(f.parent), bytearray(f.read_bytes())
+    f_bytes[1000] ^= 1
+    f.write_bytes(f_bytes)
     p = run('--resume', cwd=tmp_path)
-    assert (p.returncode, p.stderr.count('\n'))==(2, 1) and 'config.json is not what a run leaves there' in p.stderr
+    assert p.returncode==0 and p.stderr.count('\n')==1 and p.stderr.startswith('minibatch: ') and 'damaged' in p.stderr and 'after 2 epochs' in p.stdout
+    assert same(want, weights(f.parent))
+    for name in ('checkpoint', 'checkpoint.prev'): (f.parent/name).unlink()
+    p = run('--resume', cwd=tmp_path)
+    assert p.returncode==0 and 'no epoch of the run in minibatch-run was finished: beginning anew' in p.stdout and same(want, weights(f.parent))
+
+def test_a_new_run_leaves_nothing_of_the_old_one(tmp_path, bare):
+    run('--epochs', 1, cwd=tmp_path)
+    assert run('--lr', '1e30', cwd=tmp_path).returncode==1
+    assert sorted(os.listdir(tmp_path/'minibatch-run'))==['config.json']
+    (tmp_path/'file').write_text('')
+    p = run('--out', 'file', cwd=tmp_path)
+    assert p.returncode==2 and '--out file is a file' in p.stderr
 
 def test_ctrl_c_is_status_130_and_can_be_resumed(tmp_path, bare):
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from minibatch.cli import main; raise SystemExit(main())"
@@ -80,8 +103,13 @@ def test_ctrl_c_is_status_130_and_can_be_resumed(tmp_path, bare):
     p.send_signal(signal.SIGINT)
     _, err = p.communicate()
     assert p.returncode==130 and '--resume --out minibatch-run goes on' in err and err.count('\n')==1
-    p = run('--resume', '--epochs', 1, cwd=tmp_path)          # has more already: there is nothing left to do
-    assert p.returncode==0 and len(list(csv.DictReader(open(tmp_path/'minibatch-run'/'history.csv'))))>=3
+    config = (tmp_path/'minibatch-run'/'config.json').read_text()
+    for argv,why in (([], 'not finished: --resume goes on'), (['--resume', '--epochs', 1], '--epochs is 1, but ')):
+        p = run(*argv, cwd=tmp_path)
+        assert (p.returncode, p.stderr.count('\n'))==(2, 1) and why in p.stderr
+    assert (tmp_path/'minibatch-run'/'config.json').read_text()==config
+    p = run('--resume', '--epochs', 10**5+1, '--lr', 1, cwd=tmp_path)
+    assert p.returncode==2 and 'has 0.05' in p.stderr
 
 def test_python_m_minibatch(tmp_path, bare):
     p = subprocess.run([sys.executable, '-m', 'minibatch', '--epochs', '1'], cwd=tmp_path, capture_output=True, text=True)
@@ -94,7 +122,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path, bare):
     assert losses[0]==losses[1]!=losses[2]
 
 @pytest.mark.parametrize('argv', [['--dataset', 'minst'], ['--epochs', 'many'], ['--epochs', '0'], ['--epochs', '-1'], ['--bs', '0'], ['--bs', '1.5'], ['--bs', str(10**30)], ['--lr', '0'],
-                                  ['--lr', 'nan'], ['--lr', 'inf'], ['--model', 'rnn'], ['--momentum', '1'], ['--momentum', '-0.5'], ['--device', 'warp'], ['--device', 'cuda:99'],
+                                  ['--lr', 'nan'], ['--lr', 'inf'], ['--lr', '1e+300'], ['--device', 'meta'], ['--model', 'rnn'], ['--momentum', '1'], ['--momentum', '-0.5'], ['--device', 'warp'], ['--device', 'cuda:99'],
                                   ['--workers', '-1'], ['--workers', '1000000'], ['--seed', '-1'], ['--frobnicate'], ['surplus'], ['--lr']])
 def test_bad_use_is_one_line_and_status_2(tmp_path, bare, argv):
     p = run(*argv, cwd=tmp_path)
