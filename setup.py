@@ -13,7 +13,7 @@ setup(
     package_data={'minibatch': ['digits.npz', 'digits.md']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
-    extras_require={'dev': cfg['dev_requirements'].split()},
+    extras_require={'dev': cfg['dev_requirements'].split(), 'peers': cfg['peers_requirements'].split()},
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     long_description=Path(__file__).with_name('README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=['Intended Audience :: Education', 'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Artificial Intelligence'],

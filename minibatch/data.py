@@ -299,7 +299,7 @@ def _died(self:_Workers):
     how = f'exited with status {c}' if c>=0 else f'was killed by signal {-c} ({signal.Signals(-c).name})'
     raise RuntimeError(f'DataLoader worker {w} (pid {p.pid}) {how}' + ': the machine may be out of memory'*(c==-signal.SIGKILL))
 
-# %% ../nbs/06_data.ipynb #29219909
+# %% ../nbs/06_data.ipynb #6fb1ee22
 class DataLoader(tud.DataLoader):
     "PyTorch's `DataLoader`, with one gather per batch where the dataset allows it, and stopping anywhere to go on exactly there"
     def __init__(self,
@@ -307,7 +307,7 @@ class DataLoader(tud.DataLoader):
                  batch_size=1, # samples per batch; `None`: single samples, no batches
                  shuffle:bool=None, # a new random order every epoch?
                  sampler=None, # gives indices, instead of `shuffle`
-                 batch_sampler=None, # gives lists of indices (as `Sampler` does), instead of `batch_size`, `shuffle`, `sampler` and `drop_last`
+                 batch_sampler=None, # gives lists of indices, as `Sampler` does; instead of `batch_size`, `shuffle`, `sampler`, `drop_last`
                  num_workers:int=0, # processes that fetch; 0: this one does
                  collate_fn=None, # list of samples -> batch; `None`: `collate`
                  pin_memory:bool=False, # copy batches to pinned memory, from where a GPU can fetch them while it computes?

@@ -1,0 +1,326 @@
+"The compiled step against `train_step`"
+import copy, os, random, shutil, subprocess, sys, warnings
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from minibatch import speed
+from minibatch.data import DataLoader, Dataset
+from minibatch.losses import cross_entropy
+from minibatch.optim import SGD
+from minibatch.speed import compiled_step
+from minibatch.training import Accumulate, Callback, Checkpoint, ClipGrad, Schedule, fit, train_step
+
+compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')), reason='no C++ compiler')
+
+@pytest.fixture
+def eager_graphs(monkeypatch):
+    "The traced graphs as they are, not compiled: everything but the compiler's own work"
+    made = []
+    monkeypatch.setattr(torch._inductor, 'compile', lambda fx, args, options: made.append(fx) or fx)
+    return made
+
+def data(n=50, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    return Dataset(torch.randn(n,6,generator=g).to(dtype), torch.randint(3,(n,),generator=g))
+def mlp(): return nn.Sequential(nn.Linear(6,8), nn.ReLU(), nn.Linear(8,3))
+# no bias before BatchNorm: its gradient is 0 but for rounding, which AdamW would scale up
+def drop(): return nn.Sequential(nn.Linear(6,16,bias=False), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16,3))
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b = nn.Linear(6,3),nn.Linear(6,3)
+    def forward(self, x): return self.a(x)
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a,self.b,self.out = nn.Linear(6,6),nn.Linear(6,6),nn.Linear(6,3)
+        self.b.weight = self.a.weight
+    def forward(self, x): return self.out(self.b(self.a(x).relu()))
+def frozen():
+    m = mlp()
+    m[0].weight.requires_grad_(False)
+    return m
+
+def train(step, net=mlp, opt=lambda ps: SGD(ps, lr=0.1), epochs=3, cbs=(), n=50, loss=cross_entropy, sched=False, dtype=torch.float32, valid=None, dl=None):
+    torch.manual_seed(1)
+    m = net().to(dtype)
+    o,dl = opt(m.parameters()),dl or DataLoader(data(n,dtype), batch_size=16, shuffle=True)
+    if sched: cbs = [*cbs, Schedule(OneCycleLR(o, 0.05, total_steps=epochs*len(dl)))]
+    figures = fit(epochs, m, loss, o, dl, valid, cbs=cbs, progress=False, step=step)
+    return m,o,figures
+
+def same(a, b, tol=2e-5):
+    for (k,x),y in zip(a.state_dict().items(), b.state_dict().values()):
+        assert x.dtype==y.dtype and torch.allclose(x.double(), y.double(), rtol=tol, atol=tol), f'{k}: {(x-y).abs().max()}'
+
+OPTS = {'ours': lambda ps: SGD(ps, lr=0.1), 'nesterov': lambda ps: SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
+        'theirs': lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.1), 'AdamW': lambda ps: torch.optim.AdamW(ps, lr=0.01),
+        'dampening': lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, dampening=0.5), 'maximize': lambda ps: torch.optim.SGD(ps, lr=0.01, maximize=True),
+        'groups': lambda ps: (lambda p: SGD([dict(params=p[:1], lr=0.3), dict(params=p[1:], weight_decay=0.1, momentum=0.5)], lr=0.05))(list(ps))}
+
+@pytest.mark.filterwarnings('error::UserWarning')
+@pytest.mark.parametrize('sched', [False, True])
+@pytest.mark.parametrize('opt', OPTS.values(), ids=OPTS)
+def test_optimizers(eager_graphs, opt, sched):
+    (a,oa,fa),(b,ob,fb) = (train(s, opt=opt, sched=sched) for s in (train_step,compiled_step()))
+    same(a, b)
+    assert fa==pytest.approx(fb, abs=1e-5) and len(eager_graphs)==2            # 16 and the ragged 2; no more in later epochs
+    for s,t in zip(oa.state_dict()['state'].values(), ob.state_dict()['state'].values()):
+        for k in s: assert torch.allclose(torch.as_tensor(s[k]), torch.as_tensor(t[k]), atol=2e-5), k
+    assert all(p.grad is None for p in b.parameters())
+
+NETS = dict(drop=drop, unused=Unused, tied=Tied, frozen=frozen)
+@pytest.mark.filterwarnings('error::UserWarning')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('opt', ['nesterov', 'AdamW'])
+@pytest.mark.parametrize('net', NETS.values(), ids=NETS)
+def test_nets(eager_graphs, net, opt, dtype):
+    a,b = (train(s, net, OPTS[opt], dtype=dtype, n=48)[0] for s in (train_step,compiled_step()))
+    same(a, b)
+    assert len(eager_graphs)==1
+
+@compiler
+@pytest.mark.filterwarnings('error::UserWarning')
+@pytest.mark.parametrize('opt', ['nesterov', 'AdamW'])
+def test_inductor(opt):
+    step = compiled_step()
+    a,b = (train(s, drop, OPTS[opt], sched=True)[0] for s in (train_step,step))
+    same(a, b)
+    c = train(step, drop, OPTS[opt], sched=True)[0]
+    assert all(x.equal(y) for x,y in zip(b.state_dict().values(), c.state_dict().values()))
+
+def test_several_inputs_and_losses(eager_graphs):
+    class Two(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b = nn.Linear(6,3),nn.Linear(2,3)
+        def forward(self, x, z): return self.a(x)+self.b(z)
+    x,y = data().x,data().y
+    batches = [(x[i:i+16], x[i:i+16,:2], y[i:i+16]) for i in range(0,48,16)]
+    for loss in (cross_entropy, F.cross_entropy, nn.CrossEntropyLoss(weight=torch.tensor([1.,2.,3.]), label_smoothing=0.1)):
+        a,b = (train(s, Two, dl=batches, loss=loss)[0] for s in (train_step,compiled_step()))
+        same(a, b)
+    assert len(eager_graphs)==3
+
+class Go(Callback):
+    order = 150                                        # after Checkpoint, whose last state holds `stop`
+    def before_fit(self, run): run.stop = False
+class Stop(Callback):
+    def __init__(self, at): self.at = at
+    def after_batch(self, run): run.stop = (run.epoch,run.batch)==self.at
+
+@pytest.mark.parametrize('real', [False, pytest.param(True, marks=compiler)])
+@pytest.mark.parametrize('opt', ['nesterov'])
+def test_resumed_bit_for_bit(tmp_path, request, opt, real):
+    if not real: request.getfixturevalue('eager_graphs')
+    whole = train(compiled_step(), drop, OPTS[opt], sched=True, cbs=[Checkpoint(tmp_path/'a', every=1)])[0]
+    for i,at in enumerate([(0,1),(1,2)]):
+        path = tmp_path/f'b{i}'
+        train(compiled_step(), drop, OPTS[opt], sched=True, cbs=[Checkpoint(path, every=1), Stop(at)])
+        again = train(compiled_step(), drop, OPTS[opt], sched=True, cbs=[Checkpoint(path, every=1), Go()])[0]
+        assert all(x.equal(y) for x,y in zip(whole.state_dict().values(), again.state_dict().values()))
+
+@pytest.mark.parametrize('cb', [ClipGrad(0.1), Accumulate(2)], ids=['clip', 'accumulate'])
+def test_callbacks_inside_the_step(cb):
+    step = compiled_step()
+    with pytest.warns(UserWarning, match='eagerly: a callback acts') as w: b = train(step, cbs=[cb])[0]
+    assert len(w)==1
+    with warnings.catch_warnings(): warnings.simplefilter('error'); train(step, cbs=[cb])
+    a = train(train_step, cbs=[copy.copy(cb)])[0]
+    assert all(x.equal(y) for x,y in zip(a.parameters(), b.parameters()))
+
+class Odd(nn.Module):
+    def __init__(self, how): super().__init__(); self.bn,self.l,self.how,self.calls = nn.BatchNorm1d(6),nn.Linear(6,3),how,0
+    def forward(self, x):
+        y = F.dropout(self.bn(x), 0.2)
+        if self.how=='branch' and y.sum()>0: y = y*2
+        if self.how=='counter': self.calls += 1; y = y*self.calls
+        if self.how=='hidden': self.last = y.detach()
+        if self.how=='random': y = y*random.random()
+        if self.how=='print': print(f'{y.mean():.3f}')
+        if self.how=='tuple': return Pair(self.l(y))
+        return self.l(y)
+class Pair:
+    def __init__(self, t): self.t = t
+
+@pytest.mark.parametrize('how', ['branch', 'counter', 'hidden', 'random', 'print', 'tuple'])
+def test_what_cannot_be_traced(eager_graphs, how, recwarn):
+    def loss(p, y): return cross_entropy(p.t if isinstance(p,Pair) else p, y)
+    ws = []
+    for s in (train_step,compiled_step()):
+        random.seed(0)
+        torch.manual_seed(1)
+        m = Odd(how)
+        opt = OPTS['nesterov'](m.parameters())
+        fit(2, m, loss, opt, DataLoader(data(), batch_size=16, shuffle=True), metrics=(), progress=False, step=s)
+        ws.append(m.state_dict())
+    own = [w for w in recwarn if 'compiled_step' in str(w.message)]
+    assert len(own)==1 and '\n' not in str(own[0].message)
+    assert all(x.equal(y) for x,y in zip(ws[0].values(), ws[1].values()))
+
+def test_own_optimizer_and_hooks(eager_graphs):
+    class Own(torch.optim.Optimizer):
+        def __init__(self, ps): super().__init__(ps, dict(lr=0.1))
+        @torch.no_grad()
+        def step(self):
+            for g in self.param_groups:
+                for p in g['params']:
+                    if p.grad.norm().item()>0.1: p -= g['lr']*p.grad
+    a,b = (train(s, opt=Own)[0] for s in (train_step,compiled_step()))
+    same(a, b)
+    seen = []
+    def net(): m = mlp(); m[0].register_forward_hook(lambda m,i,o: seen.append(o.mean().item())); return m
+    with pytest.warns(UserWarning, match='hooks'): train(compiled_step(), net)
+    assert len(seen)==12
+
+def test_without_a_compiler(tmp_path):
+    code = '''
+import warnings, torch
+from test_compiled import *
+with warnings.catch_warnings(record=True) as w:
+    warnings.simplefilter('always')
+    a,b = (train(s, drop, OPTS['nesterov'])[0] for s in (train_step,compiled_step()))
+own = [str(x.message) for x in w if 'compiled_step' in str(x.message)]
+assert len(own)==1 and 'ompiler' in own[0].split('eagerly')[1], own
+assert all(x.equal(y) for x,y in zip(a.state_dict().values(), b.state_dict().values()))
+print('fine', own)
+'''
+    env = dict(os.environ, CXX='/nonexistent', PATH='', TORCHINDUCTOR_CACHE_DIR=str(tmp_path),
+               PYTHONPATH=os.pathsep.join([os.path.dirname(__file__), *sys.path]))
+    r = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    assert r.stdout.startswith('fine'), r.stdout+r.stderr
+
+def test_changes_between_and_within_fits(eager_graphs):
+    class Freeze(Callback):
+        def before_epoch(self, run): run.model[0].requires_grad_(run.epoch>0)
+    class Wet(Callback):
+        def before_epoch(self, run):
+            for m in run.model.modules():
+                if isinstance(m, nn.Dropout): m.p = 0.5*(run.epoch%2)
+    ends = []
+    for s in (train_step,compiled_step()):
+        made = len(eager_graphs)
+        torch.manual_seed(0)
+        m,dl = drop(),DataLoader(data(48), batch_size=16)
+        opt = OPTS['nesterov'](m[:4].parameters())
+        def go(epochs=2, cbs=()): fit(epochs, m, cross_entropy, opt, dl, cbs=cbs, progress=False, step=s)
+        go(3, [Freeze()]); go(3, [Wet()])
+        saved = opt.state_dict()
+        opt = OPTS['nesterov'](m[:4].parameters())
+        opt.load_state_dict(saved)
+        go()
+        opt.add_param_group(dict(params=m[4].parameters(), lr=0.05)); go()
+        m[1].eval(); m.double(); m.float(); go()
+        opt = OPTS['AdamW'](m.parameters()); go()
+        ends.append(m)
+    same(*ends, tol=1e-4)
+    assert len(eager_graphs)==6        # frozen, all, p=0, p=0.5, two groups, AdamW: none twice
+
+def test_reads_predictions_and_twice_the_same(eager_graphs):
+    step = compiled_step()
+    a = train(train_step)[2]
+    b = train(step)[2]                                 # metrics come from run.preds
+    assert a==pytest.approx(b, abs=1e-5)
+    n = len(eager_graphs)
+    m = mlp(); o = SGD(m.parameters(), lr=0.1)
+    for _ in range(2): fit(1, m, cross_entropy, o, DataLoader(data(), batch_size=16), progress=False, step=step)
+    assert len(eager_graphs)==n+2
+
+def test_batches_that_are_not_tensors():
+    x,y = data().x,data().y
+    batches = [(x[i:i+16], dict(y=y[i:i+16])) for i in range(0,48,16)]
+    def go(step):
+        torch.manual_seed(1)
+        m = mlp()
+        fit(2, m, lambda p,t: F.cross_entropy(p, t['y']), SGD(m.parameters(), lr=0.1), batches, metrics=(), progress=False, step=step)
+        return m
+    with pytest.warns(UserWarning, match='other things than tensors') as w: b = go(compiled_step())
+    assert len(w)==1 and all(p.equal(q) for p,q in zip(go(train_step).parameters(), b.parameters()))
+
+@compiler
+@pytest.mark.parametrize('loss', [F.cross_entropy, cross_entropy])
+def test_a_label_out_of_range_is_the_same_error(loss):
+    x,y = data().x[:16],data().y[:16].clone()
+    bad = y.clone(); bad[3] = 3
+    step,said = compiled_step(),[]
+    for s in (train_step,step):
+        with pytest.raises(IndexError) as e: train(s, loss=loss, dl=[(x,y),(x,bad)])
+        said.append(str(e.value))
+    assert said[0]==said[1]
+    same(train(train_step, dl=[(x,y)]*3)[0], train(step, dl=[(x,y)]*3)[0])           # and training goes on
+
+class Attrs(nn.Module):
+    "Whatever may change between two epochs"
+    def __init__(self):
+        super().__init__()
+        self.l,self.act,self.m,self.scales,self.order,self.a,self.b,self.t = nn.Linear(6,3),torch.relu,nn.Tanh(),[1.,2.],(0,1,2),3.,None,torch.ones(3)
+        self.register_buffer('mean', torch.zeros(3))
+    def forward(self, x):
+        y = self.m(self.l(x))*self.scales[0] + self.act(self.l(x))*self.scales[1]
+        y = y[:,list(self.order)] + (self.a or 0)*y**2 - (self.b or 0)*y**3 + self.t
+        if self.training: self.mean = 0.9*self.mean + y.detach().mean(0)      # a buffer set anew
+        return y + 0.1*self.mean
+class Smooth:
+    eps = 0.
+    def loss(self, p, y): return F.cross_entropy(p, y, label_smoothing=self.eps)
+def shrink(p): p.grad.mul_(0.1)
+def swap(m, l): m.a,m.b = None,3.
+CHANGES = dict(module=lambda m,l: setattr(m, 'm', nn.Sigmoid()), function=lambda m,l: setattr(m, 'act', torch.sigmoid), list=lambda m,l: m.scales.reverse(),
+               tuple=lambda m,l: setattr(m, 'order', (2,0,1)), names=swap, tensor=lambda m,l: setattr(m, 't', torch.tensor([1.,0.,-1.])), loss=lambda m,l: setattr(l, 'eps', 0.5),
+               frozen=lambda m,l: m.l.weight.requires_grad_(False))
+
+@pytest.mark.filterwarnings('error::UserWarning')
+@pytest.mark.parametrize('change', CHANGES.values(), ids=CHANGES)
+def test_changes_between_epochs(eager_graphs, change):
+    ends = []
+    for step in (train_step,compiled_step()):
+        smooth = Smooth()
+        class Change(Callback):
+            def before_epoch(self, run): run.epoch==1 and change(run.model, smooth)
+        ends.append(train(step, Attrs, OPTS['nesterov'], n=48, loss=smooth.loss, cbs=[Change()], dtype=torch.float64)[0])
+    same(*ends)
+    assert len(eager_graphs)==2
+
+@pytest.mark.filterwarnings('error::UserWarning')
+@pytest.mark.parametrize('option', ['momentum', 'weight_decay', 'lr'])
+def test_options_that_change_in_every_batch(eager_graphs, option):
+    class Change(Callback):
+        def before_batch(self, run):
+            for g in run.opt.param_groups: g[option] = [0,0.1,0.5][run.batch%3]
+    a,b = (train(s, n=48, cbs=[Change()])[0] for s in (train_step,compiled_step()))
+    same(a, b)
+    assert len(eager_graphs)==(1 if option=='lr' else 2)
+
+@pytest.mark.parametrize('kind', ['register_hook', 'register_post_accumulate_grad_hook'])
+def test_hooks_of_parameters(kind):
+    def net():
+        m = mlp()
+        if kind=='register_hook': m[0].weight.register_hook(lambda g: 0.1*g)
+        else: m[0].weight.register_post_accumulate_grad_hook(shrink)
+        return m
+    with pytest.warns(UserWarning, match='a parameter has hooks'): b = train(compiled_step(), net)[0]
+    a = train(train_step, net)[0]
+    assert all(p.equal(q) for p,q in zip(a.parameters(), b.parameters()))
+
+class Counting(nn.Module):
+    "A loss that keeps something for itself"
+    def __init__(self, how): super().__init__(); self.how,self.n,self.log,self.run = how,0,[],torch.zeros(())
+    def forward(self, p, y):
+        loss = F.cross_entropy(p, y)
+        if self.how=='number': self.n += 1; return loss*(1+0.1*self.n)
+        if self.how=='tensor': self.run = 0.9*self.run + loss.detach(); return loss*(1+self.run)
+        self.log.append(loss.detach()); return loss
+
+@pytest.mark.parametrize('how', ['number', 'tensor', 'log'])
+def test_a_loss_with_a_state_is_not_compiled(eager_graphs, how):
+    losses,ends = [Counting(how) for _ in 'ab'],[]
+    for loss,step in zip(losses, (train_step,compiled_step())):
+        with warnings.catch_warnings(record=True) as w: warnings.simplefilter('always'); ends.append(train(step, loss=loss)[0])
+        assert len([x for x in w if 'is changed in each batch' in str(x.message)])==(step is not train_step)
+    assert all(p.equal(q) for p,q in zip(*(m.parameters() for m in ends)))
+    assert losses[0].n==losses[1].n and len(losses[0].log)==len(losses[1].log) and all(type(t) is torch.Tensor for t in [losses[1].run, *losses[1].log])
+
+def test_models_are_not_kept_alive(eager_graphs):
+    import gc, weakref
+    step = compiled_step()
+    refs = [weakref.ref(train(step, n=48)[0]) for _ in range(3)]
+    gc.collect()
+    assert [r() for r in refs]==[None]*3
