@@ -82,7 +82,7 @@ def _show_predictions(model, valid_dl, classes, n=12):
     show_images(x[pick], [classes[g] if g==t else f'{classes[g]}, is {classes[t]}' for g,t in zip(guess[pick], y[pick])], ncols=n)
     return plt.gcf()
 
-# %% ../nbs/08_cli.ipynb #73863ea7
+# %% ../nbs/08_cli.ipynb #8706a8c6
 def train(
     dataset:str=None, # data to train on: digits (in the package; the default), mnist or kmnist (downloaded, or found in $MINIBATCH_DATA)
     model:str=None, # mlp (the default) or cnn
@@ -103,7 +103,8 @@ def train(
     if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; expected a folder')
     if resume and not (out/'config.json').exists(): raise ValueError(f'--resume, but {out} holds no run; run without it first')
     if begun and not resume and not (out/'model.pt').exists():
-        raise ValueError(f'{out} holds a run that was not finished: --resume goes on with it; remove it, or choose another --out, to begin anew')
+        raise ValueError(f'{out} holds a run that was not finished: --resume goes on with it; '
+                         'remove it, or choose another --out, to begin anew')
     config = _read_config(out/'config.json') if resume else {}
     s = _settings(given, config)
     device = _device(s['device'])
@@ -136,17 +137,23 @@ def train(
           f"config.json are in {out}{os.sep}")
     return 0
 
-# %% ../nbs/08_cli.ipynb #3f56ab74
+# %% ../nbs/08_cli.ipynb #01d1a54f
+def _command(f, prog, argv):
+    "Call `f` with the options in `argv`; errors and warnings are one line each on stderr. The exit status"
+    parser = anno_parser(f, prog=prog)
+    parser.error = lambda message: parser.exit(2, f'{prog}: {message} (--help tells more)\n')
+    args = {k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}     # fastcore's own two options
+    def say(message, *_): print(f'{prog}:', ' '.join(str(message).split()), file=sys.stderr)
+    with warnings.catch_warnings():
+        warnings.showwarning = say
+        try: return f(**args) or 0
+        except KeyboardInterrupt: status, why = 130, 'interrupted'
+        except (DatasetError, RuntimeError, OSError) as e: status, why = 1, e
+        except ValueError as e: status, why = 2, e
+    say(why)
+    return status
+
 def main(argv=None # list of `str`; None: what stands on the command line
         )->int: # exit status: 0, 1 (the run failed), 2 (bad use) or 130 (interrupted)
     "The command `minibatch`"
-    parser = anno_parser(train, prog='minibatch')
-    parser.error = lambda message: parser.exit(2, f'minibatch: {message} (minibatch --help tells more)\n')
-    args = vars(parser.parse_args(argv))
-    warnings.showwarning = lambda message, *_: print('minibatch:', message, file=sys.stderr)     # one line, as for errors
-    try: return train(**{k: v for k,v in args.items() if k not in ('pdb', 'xtra')})     # fastcore's own two options
-    except KeyboardInterrupt: status, why = 130, 'interrupted'
-    except (DatasetError, RuntimeError, OSError) as e: status, why = 1, e
-    except ValueError as e: status, why = 2, e
-    print('minibatch:', ' '.join(str(why).split()), file=sys.stderr)
-    return status
+    return _command(train, 'minibatch', argv)

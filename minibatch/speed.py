@@ -14,11 +14,11 @@ from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from fastcore.basics import patch
-from fastcore.script import anno_parser
+
 from .backprop import Lin, Relu, CrossEntropy, Model
-from .cli import _put
+from .cli import _command, _put
 from .data import Dataset, get_dls
-from .datasets import get_data, DatasetError
+from .datasets import get_data
 from .losses import cross_entropy
 from .metrics import accuracy
 from .models import mlp
@@ -86,7 +86,8 @@ def race(repeats:int=20, # rounds that count
          /, **contenders # functions without arguments, by name
         )->Race: # prints as a table: medians, quartiles, ratios to the first; `r['name']` is a median in seconds
     "Time functions in turn, in a new random order each round"
-    if type(repeats) is not int or type(warmup) is not int or repeats<1 or warmup<0: raise ValueError(f'{repeats} repeats and {warmup} rounds of warm-up: expected integers, at least 1 and at least 0')
+    if type(repeats) is not int or type(warmup) is not int or repeats<1 or warmup<0:
+        raise ValueError(f'{repeats} repeats and {warmup} rounds of warm-up: expected integers, at least 1 and at least 0')
     if not contenders: raise ValueError('Nothing to time: give functions by name, as race(ours=f, theirs=g)')
     for name,f in contenders.items():
         if not callable(f): raise TypeError(f'{name} is {f!r:.60}: expected a function without arguments, as {name}=lambda: work(x)')
@@ -402,8 +403,8 @@ def ladder(data:tuple, # x_train, y_train, x_valid, y_valid, as from `get_data`
           )->dict: # functions for `race`, by name; each trains a new net and returns its accuracy
     "One epoch of the same training by everyone, the bare loop first"
     n_in,n_out = data[0].shape[1],max(int(y.max()) for y in data[1::2])+1
-    runs = {'bare loop':_bare, 'by hand':_by_hand, 'fit, compiled step':_fit_compiled(), 'fit':_fit, 'fit, our SGD and loss':_fit_ours, "loop, PyTorch's DataLoader":_torch_loop,
-            'skorch':_skorch, 'Lightning':_lightning, 'fastai':_fastai, 'Keras':_keras}
+    runs = {'bare loop':_bare, 'by hand':_by_hand, 'fit, compiled step':_fit_compiled(), 'fit':_fit, 'fit, our SGD and loss':_fit_ours,
+            "loop, PyTorch's DataLoader":_torch_loop, 'skorch':_skorch, 'Lightning':_lightning, 'fastai':_fastai, 'Keras':_keras}
     def runner(f):
         def run():
             torch.manual_seed(1)
@@ -466,15 +467,7 @@ def compare(
 def main(argv=None # list of `str`; None: what stands on the command line
         )->int: # exit status: 0, 1 (the run failed), 2 (bad use) or 130 (interrupted)
     "The command `python -m minibatch.speed`"
-    parser = anno_parser(compare, prog='minibatch.speed')
-    parser.error = lambda message: parser.exit(2, f'minibatch.speed: {message} (--help tells more)\n')
-    args = vars(parser.parse_args(argv))
-    try: return compare(**{k: v for k,v in args.items() if k not in ('pdb', 'xtra')}) or 0      # fastcore's own two options
-    except KeyboardInterrupt: status,why = 130,'interrupted'
-    except (DatasetError,RuntimeError,OSError) as e: status,why = 1,e
-    except ValueError as e: status,why = 2,e
-    print('minibatch.speed:', ' '.join(str(why).split()), file=sys.stderr)
-    return status
+    return _command(compare, 'minibatch.speed', argv)
 
 # %% ../nbs/09_speed.ipynb #8aa5b16f
 if __name__=='__main__' and '__file__' in globals(): sys.exit(main())      # not in the notebook
