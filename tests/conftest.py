@@ -1,6 +1,8 @@
-import os
+import os, signal
 from pathlib import Path
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)      # a test run in the background inherits that Ctrl-C is ignored
 
 SHARED = Path(os.environ.get('MINIBATCH_DATA') or 'nowhere').absolute()
 
