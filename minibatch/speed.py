@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Race', 'race', 'epoch_cost', 'ceilings', 'compiled_step', 'ladder', 'compare', 'main']
 
-# %% ../nbs/09_speed.ipynb #5b67cea7
+# %% ../nbs/09_speed.ipynb #4e8791f5
 import csv, importlib.metadata, logging, os, platform, random, sys, time, warnings, weakref
 import numpy as np, torch, torch.nn.functional as F, torch.utils.data as tud
 from contextlib import contextmanager
@@ -14,7 +14,6 @@ from torch import nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from fastcore.basics import patch
-
 from .backprop import Lin, Relu, CrossEntropy, Model
 from .cli import _command, _put
 from .data import Dataset, get_dls
@@ -79,7 +78,7 @@ def _timed(f, clock):
     _wait()
     return clock()-start,result
 
-# %% ../nbs/09_speed.ipynb #28586028
+# %% ../nbs/09_speed.ipynb #68c9c4e8
 def race(repeats:int=20, # rounds that count
          warmup:int=1, # rounds before them that do not
          clock=time.perf_counter, # gives the time in seconds
@@ -219,6 +218,27 @@ def _graph(run, args, state, where, bufs, options):
                      decomposition_table={torch.ops.aten.bernoulli_.float:_fill})(*args)
         return torch._inductor.compile(fx, args, options=dict(fallback_random=True, **options))
 
+# %% ../nbs/09_speed.ipynb #03e4dfdb
+_records = ('cuda',)      # devices that can record what they do
+
+@torch.no_grad()
+def _recorded(f, args, n):
+    "`f` as a CUDA graph for other values of the first `n` of `args`, and with all others at the same addresses"
+    with torch.cuda.device(args[0].device):
+        ours,rng,side = [t.clone() for t in args[:n]],torch.cuda.get_rng_state(),torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3): f(*(t.clone() for t in args))      # libraries set themselves up, kernels are tuned
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.set_rng_state(rng)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph): out = f(*ours, *args[n:])
+    def replay(*args):
+        for t,a in zip(ours, args): t.copy_(a)
+        graph.replay()
+        return [t if t is None else t.clone() for t in out]
+    return replay
+
 # %% ../nbs/09_speed.ipynb #5da8a5e3
 def _kind(run):
     "What stays as it is in an epoch: why not to compile, if so; the model's tensors; (which of them train, in which group); all the rest"
@@ -240,28 +260,33 @@ def _kind(run):
     names = tuple(n for n,_ in run.model.named_modules())
     return why,state,where,(_is_sgd(run.opt), run.loss_func, names, *where, *made, *cells, *((t.shape, t.dtype, t.stride()) for t in state))
 
-# %% ../nbs/09_speed.ipynb #bafff8ba
+# %% ../nbs/09_speed.ipynb #e64339f2
 def compiled_step(**options # further options of PyTorch's compiler, such as `cpp_wrapper=True`
                  ): # `step(run)`, for `fit(..., step=compiled_step())`
     "`train_step` as one compiled graph for each kind of batch; where that cannot be, it says why, once, and trains eagerly"
-    models,said,seen = weakref.WeakKeyDictionary(),[],(lambda: None,)     # graphs by model, then by kind of batch
+    models,said,seen,nums = weakref.WeakKeyDictionary(),[],(lambda: None,),(None,None)     # graphs by model, then by kind of batch
     def eagerly(run, reason):
         if reason and not said: said.append(reason); warnings.warn(f'compiled_step trains eagerly: {reason}', stacklevel=4)
         train_step(run)
     def step(run):
-        nonlocal seen
+        nonlocal seen,nums
         if seen[0]() is not run or not run.batch: seen = weakref.ref(run),*_kind(run)
         _,why,state,where,kind = seen
         groups,batch,sgd,graphs = run.opt.param_groups,[*run.xb, run.yb],kind[0],models.setdefault(run.model, {})
         if not why and not all(isinstance(t, torch.Tensor) for t in batch): why = 'a batch holds other things than tensors'
         if why: return eagerly(run, why)
         bufs = [_momentum(run.opt, state[i], groups[j]) for i,j in where] if sgd else None
-        opts = [[g['lr'],g['momentum'],g['weight_decay']] for g in groups] if sgd else []
-        args = [*batch, torch.tensor(opts, dtype=torch.float64, device=run.device), *state, *(b for b in bufs or () if b is not None)]
-        key = (kind, torch.is_autocast_enabled(run.device.type), *((t.shape, t.dtype, t.stride()) for t in batch),
-               *((bool(g['weight_decay']), bool(g['momentum']), g.get('nesterov')) for g in groups if sgd))
+        opts = [[float(g[k]) for k in ('lr','momentum','weight_decay')] for g in groups] if sgd else []
+        if nums[0]!=(opts,run.device): nums = (opts,run.device),torch.tensor(opts, dtype=torch.float64, device=run.device)
+        kept,record = [*state, *(b for b in bufs or () if b is not None)],run.device.type in _records
+        args = [*batch, nums[1], *kept]
+        cast = torch.is_autocast_enabled(run.device.type) and torch.get_autocast_dtype(run.device.type)
+        key = (kind, run.device, cast, *((t.shape, t.dtype, t.stride()) for t in batch),
+               *((bool(g['weight_decay']), bool(g['momentum']), g.get('nesterov')) for g in groups if sgd), *(t.data_ptr() for t in kept if record))
         if key not in graphs:
-            try: graphs[key] = _graph(run, args, state, where, bufs, options)
+            try:
+                graphs[key] = _graph(run, args, state, where, bufs, options)
+                if record: graphs[key] = _recorded(graphs[key], args, len(batch)+1)
             except Exception as e: graphs[key] = None; why = f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
         if graphs[key] is None: return eagerly(run, why)
         try:
@@ -395,7 +420,7 @@ def _keras(net, data, bs, lr):
         run = model.fit(x, y, batch_size=bs, validation_data=(xv,yv), validation_batch_size=2*bs, verbose=0)
     return run.history['val_accuracy'][-1]
 
-# %% ../nbs/09_speed.ipynb #9866670b
+# %% ../nbs/09_speed.ipynb #c9025b13
 def ladder(data:tuple, # x_train, y_train, x_valid, y_valid, as from `get_data`
            bs:int=64, # rows per batch
            nh:int=50, # hidden units
@@ -463,7 +488,7 @@ def compare(
     _put(out/'speed.png', lambda p: ax.figure.savefig(p, format='png', dpi=120, bbox_inches='tight'))
     print(f'speed.md, speed.csv and speed.png are in {out}{os.sep}')
 
-# %% ../nbs/09_speed.ipynb #7d313ddf
+# %% ../nbs/09_speed.ipynb #b5d0a20c
 def main(argv=None # list of `str`; None: what stands on the command line
         )->int: # exit status: 0, 1 (the run failed), 2 (bad use) or 130 (interrupted)
     "The command `python -m minibatch.speed`"

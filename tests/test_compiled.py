@@ -1,8 +1,11 @@
 "The compiled step against `train_step`"
 import copy, os, random, shutil, subprocess, sys, warnings
 import pytest, torch, torch.nn.functional as F
+from contextlib import nullcontext
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from minibatch import speed
 from minibatch.data import DataLoader, Dataset
 from minibatch.losses import cross_entropy
@@ -12,11 +15,48 @@ from minibatch.training import Accumulate, Callback, Checkpoint, ClipGrad, Sched
 
 compiler = pytest.mark.skipif(not (shutil.which('g++') or shutil.which('clang++') or os.environ.get('CXX')), reason='no C++ compiler')
 
+class Recorder(TorchDispatchMode):
+    "Stands in for `CUDAGraph` and `torch.cuda.graph` on a CPU: while it records nothing changes; a replay does the same again in the same memory"
+    def __init__(self): super().__init__(); self.ops,self.given,self.made = [],{},{}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for t in tensors((args, kwargs)): self.given.setdefault(at(t), (t.untyped_storage(), t.untyped_storage().clone())) if at(t) not in self.made else None
+        out = func(*args, **(kwargs or {}))
+        self.made.update({at(t):t for t in tensors(out) if at(t) not in self.given})
+        self.ops.append((func, args, kwargs or {}, out))
+        return out
+    def __enter__(self): self.rng = torch.get_rng_state(); return super().__enter__()
+    def __exit__(self, *exc):
+        super().__exit__(*exc)
+        torch.set_rng_state(self.rng)
+        for t in self.made.values(): t.untyped_storage().fill_(255)      # as floats: nan
+        for storage,was in self.given.values(): storage.copy_(was)
+    @torch.no_grad()
+    def replay(self):
+        for func,args,kwargs,out in self.ops:
+            for t,new in zip(tensors(out), tensors(func(*args, **kwargs)), strict=True):
+                if at(t)!=at(new): t.copy_(new)
+
+def tensors(o): return [t for t in tree_leaves(o) if isinstance(t, torch.Tensor)]
+def at(t): return t.untyped_storage().data_ptr()
+
 @pytest.fixture
-def eager_graphs(monkeypatch):
-    "The traced graphs as they are, not compiled: everything but the compiler's own work"
+def recorded(monkeypatch):
+    "Steps are recorded as on CUDA; the recorders"
+    made,cuda = [],torch.cuda
+    class Stream:
+        def wait_stream(self, other): assert isinstance(other, Stream)
+    for name,f in dict(CUDAGraph=lambda: made.append(Recorder()) or made[-1], graph=lambda g: g, Stream=Stream, current_stream=Stream,
+                       stream=lambda s: nullcontext(), device=lambda d: nullcontext(),
+                       get_rng_state=torch.get_rng_state, set_rng_state=torch.set_rng_state).items(): monkeypatch.setattr(cuda, name, f)
+    monkeypatch.setattr(speed, '_records', ('cpu',))
+    return made
+
+@pytest.fixture(params=['called','recorded'])
+def eager_graphs(monkeypatch, request):
+    "The traced graphs as they are, not compiled: everything but the compiler's own work; called as on a CPU, and recorded as on CUDA"
     made = []
     monkeypatch.setattr(torch._inductor, 'compile', lambda fx, args, options: made.append(fx) or fx)
+    if request.param=='recorded': request.getfixturevalue('recorded')
     return made
 
 def data(n=50, dtype=torch.float32):
@@ -89,6 +129,46 @@ def test_inductor(opt):
     c = train(step, drop, OPTS[opt], sched=True)[0]
     assert all(x.equal(y) for x,y in zip(b.state_dict().values(), c.state_dict().values()))
 
+class Keep(Callback):
+    def before_fit(self, run): self.losses,self.preds = [],[]
+    def after_batch(self, run): self.losses.append(run.loss); self.preds.append(run.preds)
+
+def test_recorded_results_stay_and_weights_may_move(recorded, eager_graphs):
+    step,keeps,ends = compiled_step(),[],[]
+    n = len(recorded)
+    for s in (train_step,step):
+        torch.manual_seed(1)
+        m,keep,dl = mlp(),Keep(),DataLoader(data(40), batch_size=16)
+        opt,old = OPTS['nesterov'](m.parameters()),[]
+        for _ in range(2):
+            fit(2, m, cross_entropy, opt, dl, cbs=keep, progress=False, step=s)
+            old += [p.data for p in m.parameters()]                           # kept, so that nothing comes to lie where they are
+            for p in m.parameters(): p.data = p.data.clone()
+        keeps.append(keep); ends.append(m)
+    same(*ends)
+    for a,b in zip(keeps[0].losses+keeps[0].preds, keeps[1].losses+keeps[1].preds, strict=True): assert torch.allclose(a, b, atol=1e-5)
+    assert len(recorded)==n+4 and all(r.ops for r in recorded)                # 16 rows and 8, before the move and after it
+
+def test_what_cannot_be_recorded_trains_eagerly(recorded, eager_graphs, monkeypatch):
+    def graph(g): raise RuntimeError('operation not permitted when stream is capturing')
+    monkeypatch.setattr(torch.cuda, 'graph', graph)
+    with pytest.warns(UserWarning, match='eagerly: RuntimeError: operation not permitted') as w: b = train(compiled_step(), drop)[0]
+    assert len(w)==1
+    assert all(x.equal(y) for x,y in zip(train(train_step, drop)[0].state_dict().values(), b.state_dict().values()))
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+@pytest.mark.filterwarnings('error::UserWarning')
+@pytest.mark.parametrize('opt', ['ours','nesterov','theirs','AdamW'])
+@pytest.mark.parametrize('net', [mlp, drop, Unused, Tied])
+def test_on_a_gpu(net, opt):
+    ends = []
+    for step in (train_step,compiled_step()):
+        with torch.random.fork_rng():
+            d = data(50)
+            dl = DataLoader(Dataset(d.x.cuda(), d.y.cuda()), batch_size=16, shuffle=True)
+            ends.append(train(step, lambda: net().cuda(), OPTS[opt], sched=True, dl=dl)[0])
+    same(*ends, tol=1e-4)
+
 def test_several_inputs_and_losses(eager_graphs):
     class Two(nn.Module):
         def __init__(self): super().__init__(); self.a,self.b = nn.Linear(6,3),nn.Linear(2,3)
@@ -107,10 +187,11 @@ class Stop(Callback):
     def __init__(self, at): self.at = at
     def after_batch(self, run): run.stop = (run.epoch,run.batch)==self.at
 
-@pytest.mark.parametrize('real', [False, pytest.param(True, marks=compiler)])
+@pytest.mark.parametrize('how', ['called','recorded',pytest.param('compiled', marks=compiler)])
 @pytest.mark.parametrize('opt', ['nesterov'])
-def test_resumed_bit_for_bit(tmp_path, request, opt, real):
-    if not real: request.getfixturevalue('eager_graphs')
+def test_resumed_bit_for_bit(tmp_path, request, monkeypatch, opt, how):
+    if how!='compiled': monkeypatch.setattr(torch._inductor, 'compile', lambda fx, args, options: fx)
+    if how=='recorded': request.getfixturevalue('recorded')
     whole = train(compiled_step(), drop, OPTS[opt], sched=True, cbs=[Checkpoint(tmp_path/'a', every=1)])[0]
     for i,at in enumerate([(0,1),(1,2)]):
         path = tmp_path/f'b{i}'
@@ -212,7 +293,7 @@ def test_changes_between_and_within_fits(eager_graphs):
         opt = OPTS['AdamW'](m.parameters()); go()
         ends.append(m)
     same(*ends, tol=1e-4)
-    assert len(eager_graphs)==6        # frozen, all, p=0, p=0.5, two groups, AdamW: none twice
+    if speed._records==('cuda',): assert len(eager_graphs)==6        # frozen, all, p=0, p=0.5, two groups, AdamW: none twice
 
 def test_reads_predictions_and_twice_the_same(eager_graphs):
     step = compiled_step()
