@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Race', 'race', 'epoch_cost', 'ceilings', 'compiled_step', 'ladder', 'compare', 'main']
 
-# %% ../nbs/09_speed.ipynb #4e8791f5
+# %% ../nbs/09_speed.ipynb #8a0f1c3a
 import csv, importlib.metadata, logging, os, platform, random, sys, time, warnings, weakref
 import numpy as np, torch, torch.nn.functional as F, torch.utils.data as tud
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
 from torch import nn
@@ -156,34 +157,41 @@ def _move(p, g, buf, opts, group):
         g = torch.addcmul(g, momentum, buf) if group['nesterov'] else buf
     p.sub_(lr*g)
 
-# %% ../nbs/09_speed.ipynb #7dbbde12
+# %% ../nbs/09_speed.ipynb #4a8311f2
 @contextmanager
 def _only_tensors(objs):
-    "Put back what Python changes in the attributes of `objs`, in their lists and dicts, and in the random generators, and refuse it"
-    def copy(v): return v.copy() if type(v) in (list,dict) else v
-    def parts(v): return [*v, *v.values()] if type(v) is dict else [*v] if type(v) is list else [v]
-    before,rng = [(o, {k:(v,copy(v)) for k,v in vars(o).items()}) for o in objs],_get_rng(None)
+    "Put back what Python changes in the attributes of `objs`, in what they hold, and in the random generators, and refuse it"
+    many = list,dict,set,deque
+    def parts(v): return [*v, *v.values()] if isinstance(v, dict) else [*v] if isinstance(v, many) else [v]
+    def marks(v): return [(id(p), p._version if isinstance(p, torch.Tensor) else 0) for p in parts(v)]
+    def copy(v): return v.copy() if isinstance(v, many) else v.clone() if type(v) is torch.Tensor else v
+    def seeded(*_): raise RuntimeError('the random generator is set in each batch')
+    before,rng = [(o, {k:(v,copy(v),marks(v)) for k,v in vars(o).items()}) for o in objs],_get_rng(None)
+    setters,torch.manual_seed,torch.set_rng_state = (torch.manual_seed,torch.set_rng_state),seeded,seeded
     try:
         yield
         for o,attrs in before:
             for k,v in vars(o).items():
-                was = parts(attrs[k][1]) if k in attrs else []
-                if [*map(id, was)]!=[*map(id, parts(v))]:
+                if k not in attrs or attrs[k][2]!=marks(v):
                     raise RuntimeError(f'{type(o).__name__}.{k} is changed in each batch, and is not a buffer')
         if any(_get_rng(None)[k]!=rng[k] for k in ('python','numpy')): raise RuntimeError("there are random numbers that are not PyTorch's")
     finally:
+        torch.manual_seed,torch.set_rng_state = setters
         for o,attrs in before:
             vars(o).clear()
-            for k,(v,was) in attrs.items():
-                if was is not v: v.clear(); (v.update if type(v) is dict else v.extend)(was)
+            for k,(v,was,old) in attrs.items():
+                if isinstance(v, many): v.clear(); (v.extend if hasattr(v,'extend') else v.update)(was)
+                elif marks(v)!=old: v.copy_(was)
                 vars(o)[k] = v
         _set_rng(rng, None)
 
-# %% ../nbs/09_speed.ipynb #419d4df3
+# %% ../nbs/09_speed.ipynb #99871a56
 @torch.library.custom_op('minibatch::bernoulli', mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _bernoulli(x:torch.Tensor, p:float)->torch.Tensor: return torch.empty_like(x).bernoulli_(p)
 _bernoulli.register_fake(lambda x, p: torch.empty_like(x))
-def _fill(x, p=0.5, generator=None): return x.copy_(_bernoulli(x, p))
+def _fill(x, p=0.5, generator=None):
+    if generator is not None: raise RuntimeError('random numbers are drawn from a generator of its own')
+    return x.copy_(_bernoulli(x, p))
 
 def _objects(run):
     "Whose attributes decide what is computed: the modules of the model, and the loss function"
@@ -203,9 +211,10 @@ def _graph(run, args, state, where, bufs, options):
         preds = functional_call(run.model, now, xb)
         loss = run.loss_func(preds, yb)
         grads = torch.autograd.grad(loss, ps, allow_unused=True)
+        if any(g is not None and g.layout!=torch.strided for g in grads): raise RuntimeError('a gradient is sparse')
         with torch.no_grad():
             for k,t in was.items():
-                if now[k] is not t: t.copy_(now[k])
+                if now[k] is not t: t.copy_(now[k])      # functional_call puts new buffers into `now`
         if bufs is None: return loss,preds,*grads
         with torch.no_grad():
             for (i,j),g,b in zip(where, grads, bufs):
@@ -216,54 +225,62 @@ def _graph(run, args, state, where, bufs, options):
         args = [t.detach() for t in args]
         fx = make_fx(batch, tracing_mode='fake', _allow_non_fake_inputs=True,
                      decomposition_table={torch.ops.aten.bernoulli_.float:_fill})(*args)
+        def at(t): return t.untyped_storage().data_ptr() if isinstance(t, torch.Tensor) else None
+        constants = [at(getattr(fx, n.target)) for n in fx.graph.find_nodes(op='get_attr')]
+        if {*constants} & {*map(at, state)}: raise RuntimeError('the loss takes weights or buffers that do not come through the model')
         return torch._inductor.compile(fx, args, options=dict(fallback_random=True, **options))
 
-# %% ../nbs/09_speed.ipynb #03e4dfdb
+# %% ../nbs/09_speed.ipynb #2b6bfc74
 _records = ('cuda',)      # devices that can record what they do
 
 @torch.no_grad()
 def _recorded(f, args, n):
     "`f` as a CUDA graph for other values of the first `n` of `args`, and with all others at the same addresses"
-    with torch.cuda.device(args[0].device):
-        ours,rng,side = [t.clone() for t in args[:n]],torch.cuda.get_rng_state(),torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3): f(*(t.clone() for t in args))      # libraries set themselves up, kernels are tuned
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.set_rng_state(rng)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph): out = f(*ours, *args[n:])
+    with torch.cuda.device(args[0].device), torch.cuda.stream(torch.cuda.current_stream(args[0].device)):    # put back whatever happens
+        ours,rng,side,graph = [t.clone() for t in args[:n]],_get_rng(None),torch.cuda.Stream(),torch.cuda.CUDAGraph()
+        try:
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3): f(*(t.clone() for t in args))      # libraries set themselves up, kernels are tuned
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, stream=side, capture_error_mode='thread_local'): out = f(*ours, *args[n:])
+        finally: _set_rng(rng, None)
     def replay(*args):
         for t,a in zip(ours, args): t.copy_(a)
         graph.replay()
         return [t if t is None else t.clone() for t in out]
     return replay
 
-# %% ../nbs/09_speed.ipynb #5da8a5e3
+# %% ../nbs/09_speed.ipynb #5ff2b850
 def _kind(run):
     "What stays as it is in an epoch: why not to compile, if so; the model's tensors; (which of them train, in which group); all the rest"
     def sig(v):
         if isinstance(v, (list,tuple)): return tuple(map(sig, v))
         if isinstance(v, dict): return tuple((k,sig(w)) for k,w in v.items())
-        return v if v is None or isinstance(v, (int,float,str)) or callable(v) and not isinstance(v, nn.Module) else id(v)
-    mods,why = [*run.model.modules()],None
+        plain = v is None or isinstance(v, (int,float,str)) or callable(v) and type(v).__hash__ and not isinstance(v, nn.Module)
+        return v if plain else id(v)
+    mods,why = [*run.model.modules()],None if run.device.type in ('cpu','cuda') else f'{run.device.type} is no device for it'
     state = [*dict.fromkeys(t for m in mods for d in (m._parameters,m._buffers) for t in d.values() if t is not None)]
     number = {t:i for i,t in enumerate(state)}
     if run.before_backward or run.after_backward: why = 'a callback acts before or after backward'
-    if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in mods): why = 'the model has hooks'
+    hooks = '_forward_hooks','_forward_pre_hooks','_backward_hooks','_backward_pre_hooks'
+    if any(getattr(m, h) for m in mods for h in hooks): why = 'the model has hooks'
     if any(t._backward_hooks or getattr(t,'_post_accumulate_grad_hooks',None) for t in state): why = 'a parameter has hooks'
     if any(p not in number for p in run.params()): why = 'the optimizer trains more than the parameters of the model'
     where = [(number[p],j) for j,g in enumerate(run.opt.param_groups) for p in g['params'] if p in number and p.requires_grad]
     torchs = {*vars(nn.Module())}-{'training'}      # what every module has: tensors, modules, hooks
-    made = [(type(o), *((k,sig(v)) for k,v in vars(o).items() if k not in torchs)) for o in _objects(run)]
+    objs = _objects(run)
+    made = [(type(o), *((k,sig(v)) for k,v in vars(o).items() if k not in torchs)) for o in objs]
+    lost = [id(t) for o in objs[len(mods):] if isinstance(o, nn.Module) for d in (o._parameters,o._buffers) for t in d.values()]
     cells = [sig(c.cell_contents) for c in getattr(run.loss_func,'__closure__',None) or ()]
     names = tuple(n for n,_ in run.model.named_modules())
-    return why,state,where,(_is_sgd(run.opt), run.loss_func, names, *where, *made, *cells, *((t.shape, t.dtype, t.stride()) for t in state))
+    shapes = [(t.shape, t.dtype, t.stride()) for t in state if not why]
+    return why,state,where,(_is_sgd(run.opt), sig(run.loss_func), names, *where, *made, *cells, *lost, *shapes)
 
-# %% ../nbs/09_speed.ipynb #e64339f2
+# %% ../nbs/09_speed.ipynb #3732355d
 def compiled_step(**options # further options of PyTorch's compiler, such as `cpp_wrapper=True`
                  ): # `step(run)`, for `fit(..., step=compiled_step())`
-    "`train_step` as one compiled graph for each kind of batch; where that cannot be, it says why, once, and trains eagerly"
+    "`train_step` as a compiled graph for each kind of batch, settings as an epoch begins; where that cannot be, it says why, once, and trains eagerly"
     models,said,seen,nums = weakref.WeakKeyDictionary(),[],(lambda: None,),(None,None)     # graphs by model, then by kind of batch
     def eagerly(run, reason):
         if reason and not said: said.append(reason); warnings.warn(f'compiled_step trains eagerly: {reason}', stacklevel=4)
@@ -279,18 +296,21 @@ def compiled_step(**options # further options of PyTorch's compiler, such as `cp
         opts = [[float(g[k]) for k in ('lr','momentum','weight_decay')] for g in groups] if sgd else []
         if nums[0]!=(opts,run.device): nums = (opts,run.device),torch.tensor(opts, dtype=torch.float64, device=run.device)
         kept,record = [*state, *(b for b in bufs or () if b is not None)],run.device.type in _records
-        args = [*batch, nums[1], *kept]
+        args = [*(t.clone() if record else t for t in batch), nums[1], *kept]        # the copies of a recording are dense
         cast = torch.is_autocast_enabled(run.device.type) and torch.get_autocast_dtype(run.device.type)
-        key = (kind, run.device, cast, *((t.shape, t.dtype, t.stride()) for t in batch),
-               *((bool(g['weight_decay']), bool(g['momentum']), g.get('nesterov')) for g in groups if sgd), *(t.data_ptr() for t in kept if record))
-        if key not in graphs:
-            try:
-                graphs[key] = _graph(run, args, state, where, bufs, options)
-                if record: graphs[key] = _recorded(graphs[key], args, len(batch)+1)
-            except Exception as e: graphs[key] = None; why = f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
-        if graphs[key] is None: return eagerly(run, why)
+        key = (kind, run.device, cast, *((t.shape, t.dtype, t.stride()) for t in args[:len(batch)]),
+               *((bool(g['weight_decay']), bool(g['momentum']), g.get('nesterov')) for g in groups if sgd))
+        def once(key, make):
+            nonlocal why
+            if key not in graphs:
+                try: graphs[key] = make()
+                except Exception as e: graphs[key] = None; why = f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
+            return graphs[key]
+        f = once(key, lambda: _graph(run, args, state, where, bufs, options))
+        if f and record: f = once((key, *(t.data_ptr() for t in kept)), lambda f=f: _recorded(f, args, len(batch)+1))
+        if f is None: return eagerly(run, why)
         try:
-            with torch.no_grad(): run.loss,run.preds,*grads = graphs[key](*args)
+            with torch.no_grad(): run.loss,run.preds,*grads = f(*args)
         except RuntimeError:
             with torch.no_grad(): run.loss_func(run.model(*run.xb), run.yb)     # most likely says the same more clearly
             raise

@@ -1,11 +1,13 @@
 "The compiled step against `train_step`"
-import copy, os, random, shutil, subprocess, sys, warnings
+import collections, copy, os, random, shutil, subprocess, sys, warnings
 import pytest, torch, torch.nn.functional as F
 from contextlib import nullcontext
+from dataclasses import dataclass
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from minibatch import speed
 from minibatch.data import DataLoader, Dataset
 from minibatch.losses import cross_entropy
@@ -45,9 +47,8 @@ def recorded(monkeypatch):
     made,cuda = [],torch.cuda
     class Stream:
         def wait_stream(self, other): assert isinstance(other, Stream)
-    for name,f in dict(CUDAGraph=lambda: made.append(Recorder()) or made[-1], graph=lambda g: g, Stream=Stream, current_stream=Stream,
-                       stream=lambda s: nullcontext(), device=lambda d: nullcontext(),
-                       get_rng_state=torch.get_rng_state, set_rng_state=torch.set_rng_state).items(): monkeypatch.setattr(cuda, name, f)
+    for name,f in dict(CUDAGraph=lambda: made.append(Recorder()) or made[-1], graph=lambda g, **kw: g, Stream=Stream, current_stream=lambda d=None: Stream(),
+                       stream=lambda s: nullcontext(), device=lambda d: nullcontext()).items(): monkeypatch.setattr(cuda, name, f)
     monkeypatch.setattr(speed, '_records', ('cpu',))
     return made
 
@@ -55,7 +56,14 @@ def recorded(monkeypatch):
 def eager_graphs(monkeypatch, request):
     "The traced graphs as they are, not compiled: everything but the compiler's own work; called as on a CPU, and recorded as on CUDA"
     made = []
-    monkeypatch.setattr(torch._inductor, 'compile', lambda fx, args, options: made.append(fx) or fx)
+    def compile(fx, args, options):
+        made.append(fx)
+        strides = [t.stride() for t in args]
+        def f(*args):
+            assert [t.stride() for t in args]==strides        # the compiler relies on them
+            return fx(*args)
+        return f
+    monkeypatch.setattr(torch._inductor, 'compile', compile)
     if request.param=='recorded': request.getfixturevalue('recorded')
     return made
 
@@ -149,8 +157,19 @@ def test_recorded_results_stay_and_weights_may_move(recorded, eager_graphs):
     for a,b in zip(keeps[0].losses+keeps[0].preds, keeps[1].losses+keeps[1].preds, strict=True): assert torch.allclose(a, b, atol=1e-5)
     assert len(recorded)==n+4 and all(r.ops for r in recorded)                # 16 rows and 8, before the move and after it
 
+@pytest.mark.filterwarnings('error::UserWarning')
+def test_batches_that_are_not_dense(eager_graphs):
+    x,y = torch.randn(64,12),torch.arange(64)%3
+    ends = []
+    for s in (train_step,compiled_step()):
+        torch.manual_seed(1)
+        m = mlp()
+        fit(2, m, F.cross_entropy, SGD(m.parameters(), lr=0.1), [(x[:16,::2],y[:16]), (x[16:32,:6],y[16:32]), (x[:1,:6].expand(9,6),y[:9])], progress=False, step=s)
+        ends.append(m)
+    same(*ends)
+
 def test_what_cannot_be_recorded_trains_eagerly(recorded, eager_graphs, monkeypatch):
-    def graph(g): raise RuntimeError('operation not permitted when stream is capturing')
+    def graph(g, **kw): raise RuntimeError('operation not permitted when stream is capturing')
     monkeypatch.setattr(torch.cuda, 'graph', graph)
     with pytest.warns(UserWarning, match='eagerly: RuntimeError: operation not permitted') as w: b = train(compiled_step(), drop)[0]
     assert len(w)==1
@@ -209,7 +228,10 @@ def test_callbacks_inside_the_step(cb):
     assert all(x.equal(y) for x,y in zip(a.parameters(), b.parameters()))
 
 class Odd(nn.Module):
-    def __init__(self, how): super().__init__(); self.bn,self.l,self.how,self.calls = nn.BatchNorm1d(6),nn.Linear(6,3),how,0
+    def __init__(self, how):
+        super().__init__()
+        self.bn,self.l,self.how,self.calls = nn.BatchNorm1d(6),nn.Linear(6,3),how,0
+        self.t,self.seen,self.queue,self.g = torch.zeros(6),{0},collections.deque([1]),torch.Generator()
     def forward(self, x):
         y = F.dropout(self.bn(x), 0.2)
         if self.how=='branch' and y.sum()>0: y = y*2
@@ -217,12 +239,18 @@ class Odd(nn.Module):
         if self.how=='hidden': self.last = y.detach()
         if self.how=='random': y = y*random.random()
         if self.how=='print': print(f'{y.mean():.3f}')
+        if self.how=='in place': self.t += 1; y = y+self.t
+        if self.how=='set': self.seen.add(len(self.seen)); y = y*len(self.seen)
+        if self.how=='deque': self.queue.append(1); y = y*len(self.queue)
+        if self.how=='seed': torch.manual_seed(5); y = F.dropout(y)
+        if self.how=='generator': y = y*torch.empty_like(y).bernoulli_(0.5, generator=self.g)
+        if self.how=='checkpoint': y = checkpoint(F.dropout, y, use_reentrant=False)
         if self.how=='tuple': return Pair(self.l(y))
         return self.l(y)
 class Pair:
     def __init__(self, t): self.t = t
 
-@pytest.mark.parametrize('how', ['branch', 'counter', 'hidden', 'random', 'print', 'tuple'])
+@pytest.mark.parametrize('how', ['branch', 'counter', 'hidden', 'random', 'print', 'tuple', 'in place', 'set', 'deque', 'seed', 'generator', 'checkpoint'])
 def test_what_cannot_be_traced(eager_graphs, how, recwarn):
     def loss(p, y): return cross_entropy(p.t if isinstance(p,Pair) else p, y)
     ws = []
@@ -237,6 +265,54 @@ def test_what_cannot_be_traced(eager_graphs, how, recwarn):
     assert len(own)==1 and '\n' not in str(own[0].message)
     assert all(x.equal(y) for x,y in zip(ws[0].values(), ws[1].values()))
 
+class Decayed(nn.Module):
+    def __init__(self, model): super().__init__(); self.model = model
+    def forward(self, p, y): return F.cross_entropy(p, y)+sum(w.pow(2).sum() for w in self.model.parameters())
+@dataclass
+class Eased:
+    eps: float
+    def __call__(self, p, y): return F.cross_entropy(p, y, label_smoothing=self.eps)
+def closing(m): return lambda p, y: F.cross_entropy(p, y)+m[0].weight.abs().sum()
+
+@pytest.mark.parametrize('make,why', [(Decayed,'do not come through the model'), (closing,'do not come through the model'), (lambda m: Eased(0.2),None)])
+def test_losses_with_weights_and_without_a_hash(eager_graphs, make, why):
+    ends = []
+    for s in (train_step,compiled_step()):
+        torch.manual_seed(1)
+        m = mlp()
+        with warnings.catch_warnings(record=True) as w:
+            warnings.simplefilter('always')
+            fit(2, m, make(m), SGD(m.parameters(), lr=0.05), DataLoader(data(), batch_size=16), metrics=(), progress=False, step=s)
+        assert [x for x in w if why and why in str(x.message)] or not why or s is train_step
+        ends.append(m)
+    same(*ends)
+
+def test_weights_of_a_loss_that_change(eager_graphs):
+    class Reweigh(Callback):
+        def before_epoch(self, run): run.loss_func.weight = torch.tensor([1.,1.+run.epoch,0.1])
+    ends = [train(s, cbs=[Reweigh()], loss=nn.CrossEntropyLoss(weight=torch.ones(3)))[0] for s in (train_step,compiled_step())]
+    same(*ends)
+    assert len(eager_graphs)>=6
+
+class Sparse(nn.Module):
+    def __init__(self): super().__init__(); self.e,self.l = nn.Embedding(5, 4, sparse=True),nn.Linear(4,3)
+    def forward(self, x): return self.l(self.e((x.abs()*9).long()%5).mean(1))
+def lazy(): return nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(3))
+
+@pytest.mark.filterwarnings('ignore:Lazy modules')
+@pytest.mark.parametrize('net', [Sparse, lazy])
+def test_sparse_gradients_and_lazy_layers(net):
+    ends = []
+    for s in (train_step,compiled_step()):
+        torch.manual_seed(1)
+        m,dl = net(),DataLoader(data(), batch_size=16)
+        with warnings.catch_warnings(record=True) as w:
+            warnings.simplefilter('always')
+            fit(1, m, F.cross_entropy, torch.optim.SGD(m.parameters(), lr=0.05), dl, metrics=(), progress=False, step=s)
+        assert s is train_step or any('trains eagerly' in str(x.message) for x in w)
+        ends.append(m)
+    assert all(x.equal(y) for x,y in zip(ends[0].state_dict().values(), ends[1].state_dict().values()))
+
 def test_own_optimizer_and_hooks(eager_graphs):
     class Own(torch.optim.Optimizer):
         def __init__(self, ps): super().__init__(ps, dict(lr=0.1))
@@ -248,9 +324,10 @@ def test_own_optimizer_and_hooks(eager_graphs):
     a,b = (train(s, opt=Own)[0] for s in (train_step,compiled_step()))
     same(a, b)
     seen = []
-    def net(): m = mlp(); m[0].register_forward_hook(lambda m,i,o: seen.append(o.mean().item())); return m
-    with pytest.warns(UserWarning, match='hooks'): train(compiled_step(), net)
-    assert len(seen)==12
+    for register in 'register_forward_hook','register_forward_pre_hook','register_full_backward_hook','register_full_backward_pre_hook':
+        def net(): m = mlp(); getattr(m[2], register)(lambda *_: seen.append(1)); return m
+        with pytest.warns(UserWarning, match='hooks'): train(compiled_step(), net)
+    assert len(seen)==4*12
 
 def test_without_a_compiler(tmp_path):
     code = '''
