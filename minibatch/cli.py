@@ -17,7 +17,7 @@ from .optim import SGD
 from .data import Dataset, get_dls
 from .training import fit, History, Checkpoint
 
-# %% ../nbs/08_cli.ipynb #c2507fc8
+# %% ../nbs/08_cli.ipynb #ffe41ba5
 def _settings(given, config=None):
     "Complete settings: what the user gave, else what the resumed run had, else what is sensible for data set and model"
     given,config = {k: v for k,v in given.items() if v is not None}, config or {}
@@ -25,8 +25,8 @@ def _settings(given, config=None):
         if given[k]!=config[k]:
             raise ValueError(f'--{k} is {given[k]}, but the run to resume has {config[k]}: leave it out, or begin a new run')
     s = config | given
-    s = dict(dataset='digits', model='mlp', bs=64, momentum=0.9, device='auto', workers=0, seed=42) | s
-    s = dict(epochs=30 if s['dataset']=='digits' else 3 if s['model']=='cnn' else 5, lr=0.05) | s
+    s = dict(dataset='digits', model='mlp', bs=64, lr=0.05, momentum=0.9, device='auto', workers=0, seed=42) | s
+    s = dict(epochs=30 if s['dataset']=='digits' else 3 if s['model']=='cnn' else 5) | s
     dataset_classes(s['dataset'])     # complains about an unknown name
     if s['model'] not in ('mlp', 'cnn'): raise ValueError(f"there is no model {s['model']!r}; there are 'mlp', 'cnn'")
     bad = dict(epochs=s['epochs']<1, bs=not 0<s['bs']<2**31, lr=not 0<s['lr']<1e38, momentum=not 0<=s['momentum']<1,
@@ -82,7 +82,7 @@ def _show_predictions(model, valid_dl, classes, n=12):
     show_images(x[pick], [classes[g] if g==t else f'{classes[g]}, is {classes[t]}' for g,t in zip(guess[pick], y[pick])], ncols=n)
     return plt.gcf()
 
-# %% ../nbs/08_cli.ipynb #8706a8c6
+# %% ../nbs/08_cli.ipynb #3ca4cc6b
 def train(
     dataset:str=None, # data to train on: digits (in the package; the default), mnist or kmnist (downloaded, or found in $MINIBATCH_DATA)
     model:str=None, # mlp (the default) or cnn
@@ -92,7 +92,7 @@ def train(
     momentum:float=None, # momentum of SGD, in [0,1); default: 0.9
     device:str=None, # auto (the default), cpu, cuda, ...
     workers:int=None, # processes that load data; default: 0, the fastest for data in memory
-    out:str='minibatch-run', # folder for the results
+    out:str='minibatch-run', # folder for the results; a finished run in it is replaced
     resume:store_true=False, # go on from the checkpoint in the folder, with its settings; epochs, device and workers may change
     seed:int=None, # seed of the random numbers, the same seed gives the same run; default: 42
 )->int: # exit status: 0, or 130 if the run was interrupted

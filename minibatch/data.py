@@ -451,7 +451,7 @@ def load_state_dict(self:DataLoader,
     if not self._own: _set(self._theirs, state['sampler'])
     self._at,self._resume,self._epochs = at,(dict(at) if at['seed']>=0 else None),at['epoch']+(at['seed']>=0)
 
-# %% ../nbs/06_data.ipynb #dfb3108e
+# %% ../nbs/06_data.ipynb #672be04d
 def get_dls(train_ds, # dataset to train on, shuffled
             valid_ds, # dataset to validate on, in order
             bs:int, # batch size for training; validation takes `2*bs`
@@ -461,8 +461,8 @@ def get_dls(train_ds, # dataset to train on, shuffled
     "A loader that shuffles, and one that neither shuffles nor drops"
     def dl(ds, bs, transform=None, **kw):
         cols = (ds.x,ds.y) if type(ds) is Dataset else ds.tensors if type(ds) is TensorDataset else ()
-        there = torch.device(device or 'cpu').type=='cpu' and all(getattr(c,'is_cpu',True) for c in cols)
-        if device is None or there: return DataLoader(ds, bs, transform=transform, **kw)
+        there = device is None or torch.device(device).type=='cpu' and all(getattr(c,'is_cpu',True) for c in cols)
+        if there: return DataLoader(ds, bs, transform=transform, **kw)
         cuda = torch.device(device).type=='cuda'
         free = torch.cuda.mem_get_info(device)[0] if cuda else float('inf')
         here = cols and not kw.get('num_workers') and all(isinstance(c,Tensor) for c in cols)

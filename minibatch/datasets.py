@@ -99,12 +99,12 @@ def read_npz(path # a zip archive made by `np.savez` with one unnamed array, `ar
         head.seek(0)
         return np.load(head, allow_pickle=False)
 
-# %% ../nbs/00_datasets.ipynb #3e5d0c47
+# %% ../nbs/00_datasets.ipynb #5738a254
 class _Dtype:
     "Stands for `numpy.dtype` in a pickle: a number type with a byte order, and nothing else"
     def __init__(self, code, *_):
         if isinstance(code, bytearray) and len(code)==2: code = code.decode('ascii')     # Python 2 wrote bytes
-        if code not in ('u1', 'i1', 'i2', 'i4', 'i8', 'f4', 'f8'): raise ValueError('it holds something else than numbers')
+        if code not in ('u1', 'i1', 'i2', 'i4', 'i8', 'f4', 'f8'): raise ValueError(f'it holds elements of type {code!r:.20}, which no image or label has')
         self.dtype = np.dtype(code)
     def __setstate__(self, state): self.dtype = self.dtype.newbyteorder('>' if state[1] in ('>', b'>') else '<')
 
@@ -307,7 +307,7 @@ def get_data(name:str=None, # 'mnist', 'kmnist' or 'digits'; None: MNIST if it c
     if n_valid==0: return x, y, *get_test(name, path)
     return x[:-n_valid], y[:-n_valid], x[-n_valid:], y[-n_valid:]
 
-# %% ../nbs/00_datasets.ipynb #2b79f310
+# %% ../nbs/00_datasets.ipynb #0531c1c2
 def show_image(im, # tensor or array (784,), (28,28) or (1,28,28); any other 2-d or square size works as well
                ax=None, # matplotlib axes to draw on; None makes new ones
                title=None): # what to write above it
@@ -318,15 +318,16 @@ def show_image(im, # tensor or array (784,), (28,28) or (1,28,28); any other 2-d
     if ax is None: ax = plt.subplots(figsize=(1.5,1.5))[1]
     ax.imshow(im, cmap='gray', interpolation='nearest')
     ax.set_axis_off()
-    if title is not None: ax.set_title(str(title), fontsize=9)
+    if title is not None: ax.set_title(f'{title}', fontsize=9)     # an f-string writes tensor(5) as 5
     return ax
 
-# %% ../nbs/00_datasets.ipynb #ff903b38
+# %% ../nbs/00_datasets.ipynb #af92eaf5
 def show_images(ims, # tensor or sequence of n images, each as `show_image` takes it
                 titles=None, # n titles, or none
                 ncols:int=8): # images per row
     "Draw images in a grid, row by row, as a new figure"
     import matplotlib.pyplot as plt
+    if not len(ims): raise ValueError('there are no images to show')
     if titles is not None and len(titles)!=len(ims): raise ValueError(f'{len(titles)} titles for {len(ims)} images')
     ncols = min(ncols, len(ims))
     fig,axs = plt.subplots(math.ceil(len(ims)/ncols), ncols, figsize=(0.8*ncols, 1.1*math.ceil(len(ims)/ncols)), squeeze=False)

@@ -10,15 +10,16 @@ import torch
 from inspect import signature
 from torch import Tensor
 
-# %% ../nbs/02_losses.ipynb #84108129
+# %% ../nbs/02_losses.ipynb #e40e36c5
 def _up(x):
     "`x` in the precision that sums are made in: float32 for the half precisions"
-    if not x.is_floating_point(): raise ValueError(f'scores have {x.dtype} and shape {tuple(x.shape)}; expected floating-point: use x.float()')
+    if not x.is_floating_point():
+        raise ValueError(f'scores have {x.dtype} and shape {tuple(x.shape)}; expected floating-point: use x.float()')
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 def _max(x, dim):
     "The largest of `x` along `dim` (kept, with size 1), as a constant; 0 for an empty `x`"
-    return x.detach().amax(dim, keepdim=True) if x.numel() else x.detach().sum(dim, keepdim=True)   # zeros
+    return x.detach().amax(dim, keepdim=True) if x.numel() else x.new_zeros(())
 
 # %% ../nbs/02_losses.ipynb #5b85f56b
 def softmax(x:Tensor, # scores, of any shape and any floating dtype
@@ -39,13 +40,14 @@ def _pick(x, target, dim):
         raise IndexError(f'target holds {bad[0].item()}, but there are {n} classes: expected 0 to {n-1}. '
                          'Drop or relabel such rows (there is no `ignore_index` here)') from e
 
-# %% ../nbs/02_losses.ipynb #6d8299d2
+# %% ../nbs/02_losses.ipynb #c3add397
 def _check(input, target):
     "The class dimension of `input`, and `target` as int64 with that dimension added, if the two fit"
     if not (input.ndim and input.is_floating_point()):
         raise ValueError(f'input has shape {tuple(input.shape)} and {input.dtype}; '
                          'expected floating-point scores of shape (C,), (N,C) or (N,C,...)')
-    if not isinstance(target, Tensor): raise ValueError(f'target is a {type(target).__name__}; expected a tensor: use torch.as_tensor(target)')
+    if not isinstance(target, Tensor):
+        raise ValueError(f'target is a {type(target).__name__}; expected a tensor: use torch.as_tensor(target)')
     if target.is_floating_point() or target.is_complex() or target.dtype==torch.bool:
         raise ValueError(f'target has {target.dtype} and shape {tuple(target.shape)}; expected integers: the index of the true class. '
                          'Are the arguments (input, target) in order? One-hot targets: use target.argmax(1)')

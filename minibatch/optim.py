@@ -114,7 +114,7 @@ def state_dict(self:Optimizer
     return dict(state={num[p]: dict(s) for p,s in self.state.items()},
                 param_groups=[{**g, 'params': [num[p] for p in g['params']]} for g in self.param_groups])
 
-# %% ../nbs/05_optim.ipynb #f66e1981
+# %% ../nbs/05_optim.ipynb #80303af6
 @patch
 def load_state_dict(self:Optimizer,
                     sd:dict): # from `state_dict`, ours or that of PyTorch's optimizer of the same kind
@@ -132,9 +132,10 @@ def load_state_dict(self:Optimizer,
         if i not in params: raise ValueError(f"The state_dict has state for parameter {i}, but its groups do not list it")
         for k,v in s.items():
             p = params[i]
-            if isinstance(v, Tensor) and v.shape != p.shape:
+            if isinstance(v, Tensor) and v.shape not in ((), p.shape):     # (): a number, such as a count of steps
                 raise ValueError(f"{k} of parameter {i} has shape {tuple(v.shape)}, expected {tuple(p.shape)}: it is from another model")
-            state[p][k] = v.to(p, copy=True) if isinstance(v, Tensor) else v
+            if isinstance(v, Tensor): v = v.to(p, copy=True) if v.shape==p.shape else v.clone()
+            state[p][k] = v
     self.state = state
     for g,new in groups: g.update({k:v for k,v in new.items() if k != 'params'})
 

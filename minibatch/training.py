@@ -6,8 +6,8 @@
 __all__ = ['evaluate', 'Callback', 'Run', 'train_step', 'fit', 'Progress', 'History', 'Schedule', 'ClipGrad', 'EarlyStop',
            'Accumulate', 'LRFinder', 'AMP', 'Checkpoint']
 
-# %% ../nbs/07_fit.ipynb #91e00704
-import builtins, errno, hashlib, io, itertools, math, operator, os, random, sys, time, warnings
+# %% ../nbs/07_fit.ipynb #7742e4ad
+import builtins, errno, hashlib, io, itertools, math, operator, os, pickle, random, sys, time, warnings
 import numpy as np, torch
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +98,7 @@ class Callback:
             if name.startswith(('before_','after_')) and name not in Callback.hooks:
                 raise TypeError(f'{cls.__name__}.{name}: there is no such hook; expected one of {", ".join(Callback.hooks)}')
 
-# %% ../nbs/07_fit.ipynb #fa00b43a
+# %% ../nbs/07_fit.ipynb #db29f027
 def _named(cb, hook):
     "`cb`'s hook, whose errors name it"
     f = getattr(cb, hook)
@@ -117,6 +117,8 @@ def _check(run):
         raise ValueError(f'The metrics are called {run.names}: each needs a name of its own, and none of {", ".join(taken)}')
     for cb in run.cbs:
         if not isinstance(cb, Callback): raise TypeError(f'{cb} in cbs is not a Callback object; expected one such as History()')
+    if not hasattr(run.opt,'param_groups'):
+        raise TypeError(f'{run.opt!r:.60} is no optimizer; expected one such as SGD(model.parameters(), lr=0.1), as the fourth argument')
     if isinstance(run.opt, torch.optim.LBFGS): raise ValueError('LBFGS needs a closure, which fit does not give: take another, such as SGD')
     if len(run.others())==len(run.params()):
         raise ValueError("The optimizer holds none of the model's parameters: make it after the model, from model.parameters()")
@@ -310,7 +312,7 @@ class ClipGrad(Callback):
     def after_backward(self, run):
         if run.update: nn.utils.clip_grad_norm_(run.params(), self.max_norm)
 
-# %% ../nbs/07_fit.ipynb #1b553430
+# %% ../nbs/07_fit.ipynb #abc74be0
 class EarlyStop(Callback):
     "Ends the run when a figure of the table no longer improves"
     def __init__(self,
@@ -318,6 +320,7 @@ class EarlyStop(Callback):
                  patience:int=3, # end after so many epochs without a new best
                  best=None # `min` or `max`; `None`: `min` for names that end in 'loss', else `max`
                 ):
+        if best not in (None,min,max): raise ValueError(f'best is {best!r}: expected the function min or max')
         self.metric,self.patience,self.best = metric,patience,best or (min if metric.endswith('loss') else max)
         self.record,self.bad = None,0
     def before_fit(self, run): self.record,self.bad = None,0       # `Checkpoint` restores them later
@@ -330,14 +333,14 @@ class EarlyStop(Callback):
     def state_dict(self): return dict(record=self.record, bad=self.bad)
     def load_state_dict(self, s): self.record,self.bad = s['record'],s['bad']
 
-# %% ../nbs/07_fit.ipynb #09b036b5
+# %% ../nbs/07_fit.ipynb #35e0524f
 class Accumulate(Callback):
     "One update for the mean gradient of `n` batches, as if they were one"
     order = -20
     def __init__(self,
                  n:int # batches per update; the last update of an epoch may have fewer, if the loader has a length
                 ):
-        if n<1: raise ValueError(f'n is {n}: expected at least 1')
+        if not hasattr(n,'__index__') or n<1: raise ValueError(f'n is {n}: expected a whole number, at least 1')
         self.n,self.batches,self.total,self.first = n,0,0,1
     def before_fit(self, run): self.params,self.batches,self.total = run.params,0,0
     def before_backward(self, run):
@@ -552,7 +555,7 @@ def _about(run):
                 examples=size(getattr(dl,'dataset',()),-1), batch_size=getattr(dl,'batch_size',None), batches=size(dl,-1),
                 **{f'weights {k}':list(getattr(v,'shape',())) for k,v in run.model.state_dict().items()})
 
-# %% ../nbs/07_fit.ipynb #107d5d43
+# %% ../nbs/07_fit.ipynb #efe39dac
 class Checkpoint(Callback):
     "Writes all of a run to `path` again and again; the same program started again goes on from there as if nothing had happened"
     order = 100
@@ -572,7 +575,14 @@ class Checkpoint(Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(f'{self.path}.tmp'); tmp.touch(); tmp.unlink()      # if it cannot be written, better to know it now
         self.about,s = _about(run),_newest(self.path, self.prev)
-        if s is None: return
+        if s is None:                                                  # can what will be written be read back?
+            torch.save(run.state_dict(), f := io.BytesIO())
+            f.seek(0)
+            try: torch.load(f, weights_only=True)
+            except pickle.UnpicklingError as e:
+                raise ValueError('a checkpoint of this run could be written but not read: it would hold more than tensors, strings, lists, '
+                                 "dicts and Python's own numbers (a numpy number, as lr? take float(lr))") from e
+            return
         for k in [*s['about'],*self.about]:
             was,now = s['about'].get(k),self.about.get(k)
             if was!=now: raise ValueError(f'{self.path} is of another run: there {k} is {was}, here {now}. '

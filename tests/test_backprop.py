@@ -142,7 +142,7 @@ def test_mse_refuses_to_broadcast(out, targ):
 @pytest.mark.parametrize('inp,targ,err,says', [
     ((3,5), torch.tensor([0,5,1]), IndexError, ['target 5','(3, 5)','0 to 4']), ((3,5), torch.tensor([0,-1,1]), IndexError, ['target -1','0 to 4']),
     ((3,5), torch.tensor([0,-100,7]), IndexError, ['target -100']), ((3,5), torch.tensor([0,200,1],dtype=torch.uint8), IndexError, ['target 200']),
-    ((3,5), torch.zeros(3), ValueError, ['float32','(3,)','long()']), ((3,5), torch.zeros(4).long(), ValueError, ['(3, 5)','(4,)']),
+    ((3,5), torch.zeros(3), ValueError, ['float32','(3,)','long()']), ((3,5), torch.zeros(3).bool(), ValueError, ['bool','(3,)']), ((3,5), torch.zeros(4).long(), ValueError, ['(3, 5)','(4,)']),
     ((3,5), torch.zeros(3,5).long(), ValueError, ['(3, 5)']), ((3,5), torch.tensor(1), ValueError, ['()']), ((), torch.tensor(0), ValueError, ['()']),
     ((5,), torch.tensor(0), ValueError, ['(5,)']), ((3,5,2), torch.zeros(3).long(), ValueError, ['(3, 5, 2)']), ((0,5), torch.zeros(0).long(), ValueError, ['(0, 5)','at least 1'])])
 def test_cross_entropy_errors(inp, targ, err, says):

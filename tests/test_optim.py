@@ -107,6 +107,19 @@ def test_loaded_state_is_a_copy_of_the_parameters_dtype():
     o2.param_groups[0]['lr'] = 5; assert sd['param_groups'][0]['lr']==0.1==o.param_groups[0]['lr']
     sd['state'][0].clear(); sd['param_groups'][0].clear(); assert o.state_dict()['state'][0] and o.param_groups[0]['lr']==0.1
 
+class Counts(SGD):
+    "Keeps a count of its steps as PyTorch's Adam does, in a tensor of shape ()"
+    def direction(self, ps, gs, group):
+        for p in ps: self.state[p]['step'] = self.state[p].get('step', torch.tensor(0.))+1
+        return [d/self.state[p]['step'] for p,d in zip(ps, super().direction(ps, gs, group))]
+
+def test_state_with_a_number_as_a_tensor():
+    m,m2,m3 = net(),net(),net().bfloat16(); o,o2,o3 = (Counts(x.parameters(), 0.1, momentum=0.9) for x in (m,m2,m3))
+    run(m,o,range(3)); o2.load_state_dict(o.state_dict()); o3.load_state_dict(o.state_dict())
+    assert all(s['step']==3 for s in o2.state.values()) and all(s['step'].dtype==torch.float32 for s in o3.state.values())
+    m2.load_state_dict(m.state_dict()); run(m,o,range(3,6)); run(m2,o2,range(3,6)); same(m.parameters(), m2.parameters())
+    assert o.state_dict()['state'][0]['step']==6 and not any(s['step'] is t['step'] for s,t in zip(o.state.values(), o2.state.values()))
+
 def test_state_of_old_torch_versions(): # they saved a buffer of None when there was no momentum
     p = leaf(2); a = SGD([p], 0.1, momentum=0.9); sd = a.state_dict(); sd['state'] = {0:dict(momentum_buffer=None)}
     a.load_state_dict(sd); p.grad = torch.ones_like(p); a.step(); same([a.state[p]['momentum_buffer']], [p.grad])
