@@ -231,6 +231,7 @@ def test_paths(tmp_path):
     no('is a folder: expected', Checkpoint(tmp_path))
     (tmp_path/'file').touch(); no('file', Checkpoint(tmp_path/'file'/'c'))
     no('too long', Checkpoint(tmp_path/('x'*250 + '.ckpt')))
+    odd = setup(); odd[2].param_groups[0]['lr'] = np.float64(0.1); no('could be written but not read', Checkpoint(tmp_path/'lr'), args=odd)
     no('two Checkpoints', Checkpoint(tmp_path/'a'), Checkpoint(tmp_path/'b'))
     no('workers that outlive', Checkpoint(tmp_path/'a'), args=setup(Dl=torch.utils.data.DataLoader, num_workers=1, persistent_workers=True))
     assert [p.name for p in tmp_path.iterdir()]==['file']
@@ -511,6 +512,7 @@ def test_bad_input():
         return f
     for n in 'epoch','train_loss','valid_loss','seconds','loss': no('and none of epoch', metrics=named(n))
     for e in 2.5,'3',None: no(f'epochs is {e!r}: expected a whole number', epochs=e)
+    for o in None,F.cross_entropy: no('is no optimizer; expected one such as SGD', TypeError, opt=o)
     no('LBFGS', opt=torch.optim.LBFGS(model.parameters()))
     no('loss_func gave a float: 1.0', loss_func=lambda p,y: 1.)
     no('loss_func gave a tuple', loss_func=lambda p,y: (F.cross_entropy(p,y),1))
@@ -604,7 +606,8 @@ def test_accumulate_resumes_inside_a_group(tmp_path):
     assert torch.load(tmp_path/'c', weights_only=True)['cbs'][0]['batches']==2
     fit(2, *args, cbs=[Accumulate(4), Checkpoint(tmp_path/'c', 3)], **quiet)
     assert same(weights(whole[0]), weights(args[0]))
-    with pytest.raises(ValueError, match='n is 0'): Accumulate(0)
+    for n in 0,2.5:
+        with pytest.raises(ValueError, match=f'n is {n}'): Accumulate(n)
 
 def test_clip():
     x,y = data(30)
@@ -622,6 +625,7 @@ def test_early_stop(vals, patience, best, epochs):
         new = EarlyStop('valid_loss', patience, best); new.load_state_dict(es.state_dict()); es = new
         if run.stop: break
     assert i==epochs and EarlyStop('accuracy').best is max
+    with pytest.raises(ValueError, match="best is 'max'"): EarlyStop('valid_loss', best='max')
     with pytest.raises(RuntimeError, match="no 'acc' in the table"): fit(1, *setup(), cbs=EarlyStop('acc'), **quiet)
     es = EarlyStop('train_loss', 2, max)
     for _ in range(2): h = History(); fit(4, *setup(), cbs=[es, h], **quiet); assert len(h.rows)==3
