@@ -104,7 +104,8 @@ class _Dtype:
     "Stands for `numpy.dtype` in a pickle: a number type with a byte order, and nothing else"
     def __init__(self, code, *_):
         if isinstance(code, bytearray) and len(code)==2: code = code.decode('ascii')     # Python 2 wrote bytes
-        if code not in ('u1', 'i1', 'i2', 'i4', 'i8', 'f4', 'f8'): raise ValueError(f'it holds elements of type {code!r:.20}, which no image or label has')
+        if code not in ('u1', 'i1', 'i2', 'i4', 'i8', 'f4', 'f8'):
+            raise ValueError(f'it holds elements of type {code!r:.20}, which no image or label has')
         self.dtype = np.dtype(code)
     def __setstate__(self, state): self.dtype = self.dtype.newbyteorder('>' if state[1] in ('>', b'>') else '<')
 

@@ -280,7 +280,7 @@ def _kind(run):
 # %% ../nbs/09_speed.ipynb #3732355d
 def compiled_step(**options # further options of PyTorch's compiler, such as `cpp_wrapper=True`
                  ): # `step(run)`, for `fit(..., step=compiled_step())`
-    "`train_step` as a compiled graph for each kind of batch, settings as an epoch begins; where that cannot be, it says why, once, and trains eagerly"
+    "`train_step` as a compiled graph for each kind of batch, settings as an epoch begins; else it says why, once, and trains eagerly"
     models,said,seen,nums = weakref.WeakKeyDictionary(),[],(lambda: None,),(None,None)     # graphs by model, then by kind of batch
     def eagerly(run, reason):
         if reason and not said: said.append(reason); warnings.warn(f'compiled_step trains eagerly: {reason}', stacklevel=4)
@@ -296,9 +296,9 @@ def compiled_step(**options # further options of PyTorch's compiler, such as `cp
         opts = [[float(g[k]) for k in ('lr','momentum','weight_decay')] for g in groups] if sgd else []
         if nums[0]!=(opts,run.device): nums = (opts,run.device),torch.tensor(opts, dtype=torch.float64, device=run.device)
         kept,record = [*state, *(b for b in bufs or () if b is not None)],run.device.type in _records
-        args = [*(t.clone() if record else t for t in batch), nums[1], *kept]        # the copies of a recording are dense
+        args = [*batch, nums[1], *kept]
         cast = torch.is_autocast_enabled(run.device.type) and torch.get_autocast_dtype(run.device.type)
-        key = (kind, run.device, cast, *((t.shape, t.dtype, t.stride()) for t in args[:len(batch)]),
+        key = (kind, run.device, cast, *((t.shape, t.dtype, t.stride()) for t in batch),
                *((bool(g['weight_decay']), bool(g['momentum']), g.get('nesterov')) for g in groups if sgd))
         def once(key, make):
             nonlocal why
@@ -306,7 +306,8 @@ def compiled_step(**options # further options of PyTorch's compiler, such as `cp
                 try: graphs[key] = make()
                 except Exception as e: graphs[key] = None; why = f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
             return graphs[key]
-        f = once(key, lambda: _graph(run, args, state, where, bufs, options))
+        def dense(): return [*(t.clone() for t in batch), *args[len(batch):]] if record else args     # as a recording's own copies are
+        f = once(key, lambda: _graph(run, dense(), state, where, bufs, options))
         if f and record: f = once((key, *(t.data_ptr() for t in kept)), lambda f=f: _recorded(f, args, len(batch)+1))
         if f is None: return eagerly(run, why)
         try:

@@ -477,7 +477,6 @@ def test_leaving_early_leaves_nothing(how):
 script = '''
 import sys, time, torch, os, signal, multiprocessing
 from minibatch.data import DataLoader
-signal.signal(signal.SIGINT, signal.default_int_handler)      # a test run in the background may have inherited that it is ignored
 class D:
     def __len__(self): return 1000
     def __getitem__(self, i): time.sleep(.01); return torch.zeros(10**5)
