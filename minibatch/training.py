@@ -7,9 +7,10 @@ __all__ = ['evaluate', 'Callback', 'Run', 'train_step', 'fit', 'Progress', 'Hist
            'Accumulate', 'LRFinder', 'AMP', 'Checkpoint']
 
 # %% ../nbs/07_fit.ipynb #7742e4ad
-import builtins, errno, hashlib, io, itertools, math, operator, os, pickle, random, sys, time, warnings
+import builtins, errno, io, itertools, math, operator, os, pickle, random, struct, time, warnings, zlib
 import numpy as np, torch
 from array import array
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from copy import deepcopy
@@ -497,33 +498,62 @@ class AMP(Callback):
     def state_dict(self): return dict(scale=self.scale, good=self.good)
     def load_state_dict(self, s): self.scale,self.good = s['scale'],s['good']
 
-# %% ../nbs/07_fit.ipynb #300be082
-def _write(path, data, prev=None):
-    "Put `data` and its checksum into `path`, entirely or not at all; the file that was there is kept as `prev`"
+# %% ../nbs/07_fit.ipynb #2fb8a262
+_head = b''.join(pickle.dumps(o, 2) for o in (0x1950a86a20f9469cfc6c, 1001, {}))      # that it is such a file, and of which version
+
+class _Name(tuple): "Stands for the bytes of a tensor"
+
+class _Pickler(pickle.Pickler):
+    "Keeps the bytes of tensors out of the pickle, in `raw`"
+    def __init__(self, f): super().__init__(f, 2); self.raw = []
+    def persistent_id(self, o): return tuple(o) if type(o) is _Name else None
+    def reducer_override(self, o):
+        if type(o) is not Tensor or o.layout!=torch.strided or o.is_quantized: return NotImplemented
+        t = o.detach().resolve_conj().resolve_neg().cpu()
+        if t.untyped_storage().nbytes()>t.nbytes: t = t.clone()                        # of a view only what it shows
+        self.raw.append(t.as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0).view(torch.uint8).numpy())
+        name = _Name(('storage', torch.ByteStorage, str(len(self.raw)), 'cpu', len(self.raw[-1]), None))
+        return torch._utils._rebuild_tensor_v3, (name, t.storage_offset(), tuple(t.shape), t.stride(), False, OrderedDict(), t.dtype)
+
+def _pickled(state):
+    "`state` as bytes that `torch.load` reads, in the format of `torch.save` before PyTorch 1.6"
+    p = _Pickler(f := io.BytesIO())
+    p.dump(state)
+    names = pickle.dumps([str(i+1) for i in range(len(p.raw))], 2)
+    return b''.join([_head, f.getvalue(), names, *(part for b in p.raw for part in (struct.pack('q', b.size), b))])
+
+# %% ../nbs/07_fit.ipynb #6312d826
+def _sync(path):
+    "Returns when the file, or the names in the folder, are on the disk"
+    if os.name=='nt' and path.is_dir(): return       # Windows has no such thing for folders
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try: os.fsync(fd)
+    finally: os.close(fd)
+
+def _write(path, data, prev, safe=True, sync=True):
+    "Put `data` and its checksum into `path`, entirely or not at all, with `sync` on the disk; what was there becomes `prev` if it is `safe`"
     tmp = Path(f'{path}.tmp')
     try:
         with open(tmp, 'wb') as f:
             f.write(data)
-            f.write(hashlib.sha256(data).digest())
-            f.flush()
-            os.fsync(f.fileno())
-        if path.exists(): os.replace(path, prev)
+            f.write(zlib.crc32(data).to_bytes(4,'little'))
+        if sync: _sync(tmp)
+        if not safe: path.unlink(missing_ok=True)    # to rename over it would have the system write to the disk at once
+        elif path.exists(): os.replace(path, prev)
         os.replace(tmp, path)
-        if os.name=='nt': return
-        folder = os.open(path.parent, os.O_RDONLY)       # the names are on the disk when the folder is
-        try: os.fsync(folder)
-        finally: os.close(folder)
-    except OSError as e:
+        if sync: _sync(path.parent)
+    except BaseException as e:                       # Ctrl-C, too
         tmp.unlink(missing_ok=True)
+        if not isinstance(e, OSError): raise
         remedy = 'Make room' if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else 'Mend that'
         raise OSError(e.errno, f'{e.strerror}: no checkpoint could be written to {path}; the last one is as it was. '
                                f'{remedy}, and start the same program again: it goes on from there') from e
 
-# %% ../nbs/07_fit.ipynb #0e888865
+# %% ../nbs/07_fit.ipynb #f58d8fdb
 def _read(path):
     "What `_write` wrote, or None if that is not what is in the file"
     data = memoryview(path.read_bytes())
-    return data[:-32] if hashlib.sha256(data[:-32]).digest()==data[-32:] else None
+    return data[:-4] if len(data)>4 and zlib.crc32(data[:-4]).to_bytes(4,'little')==data[-4:] else None
 
 # %% ../nbs/07_fit.ipynb #04cd8e38
 def _replay(batches, n, dl, start, now):
@@ -559,12 +589,14 @@ def _about(run):
 class Checkpoint(Callback):
     "Writes all of a run to `path` again and again; the same program started again goes on from there as if nothing had happened"
     order = 100
+    pause = 1.      # seconds: checkpoints that come sooner after one that went to the disk outlive the process, but no power failure
     def __init__(self,
                  path, # file name; the checkpoint before is kept as `<path>.prev`
                  every:int=None # batches between two checkpoints; there is always one at the end of an epoch
                 ):
         if every is not None and every<1: raise ValueError(f'every is {every}: expected a number of batches, at least 1')
         self.path,self.prev,self.every,self.job,self.pool = Path(path),Path(f'{path}.prev'),every,None,ThreadPoolExecutor(1)
+        self.safe,self.synced = True,-math.inf                         # is the newest file on the disk? when did one go there?
     def before_fit(self, run):
         if any(isinstance(cb, LRFinder) for cb in run.cbs): raise ValueError('LRFinder puts everything back: there is nothing to keep')
         if sum(isinstance(cb, Checkpoint) for cb in run.cbs)>1: raise ValueError('two Checkpoints would restore the run twice: give one')
@@ -576,9 +608,7 @@ class Checkpoint(Callback):
         tmp = Path(f'{self.path}.tmp'); tmp.touch(); tmp.unlink()      # if it cannot be written, better to know it now
         self.about,s = _about(run),_newest(self.path, self.prev)
         if s is None:                                                  # can what will be written be read back?
-            torch.save(run.state_dict(), f := io.BytesIO())
-            f.seek(0)
-            try: torch.load(f, weights_only=True)
+            try: torch.load(io.BytesIO(_pickled(run.state_dict())), weights_only=True)
             except pickle.UnpicklingError as e:
                 raise ValueError('a checkpoint of this run could be written but not read: it would hold more than tensors, strings, lists, '
                                  "dicts and Python's own numbers (a numpy number, as lr? take float(lr))") from e
@@ -593,7 +623,9 @@ class Checkpoint(Callback):
     def after_batch(self, run):
         if self.every and run.batch%self.every==0: self.save(run)
     def after_epoch(self, run): self.save(run)
-    def after_fit(self, run): self.wait()
+    def after_fit(self, run):
+        self.wait()
+        if not self.safe and self.path.exists(): _sync(self.path); _sync(self.path.parent); self.safe = True
 
 # %% ../nbs/07_fit.ipynb #77975442
 @patch
@@ -606,12 +638,15 @@ def before_epoch(self:Checkpoint, run):
 
 @patch
 def save(self:Checkpoint, run):
-    "Start to write the state of `run`, after the one before is on the disk"
-    f,s = io.BytesIO(),run.state_dict()
+    "Write the state of `run`; what is to go to the disk is only begun here"
+    s = run.state_dict()
     if run.means.bad: return                          # `fit` is about to stop
-    torch.save(dict(s, about=self.about, start=self.start), f)
+    data,now = _pickled(dict(s, about=self.about, start=self.start)),time.monotonic()
     self.wait()
-    self.job = self.pool.submit(_write, self.path, f.getbuffer(), self.prev)
+    sync = now-self.synced>=self.pause
+    if sync: self.job,self.synced = self.pool.submit(_write, self.path, data, self.prev, self.safe),now
+    else: _write(self.path, data, self.prev, self.safe, sync=False)
+    self.safe = sync
 
 @patch
 def wait(self:Checkpoint):

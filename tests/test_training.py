@@ -35,6 +35,7 @@ class Killer(Callback):
     order = 50
     def __init__(self, how, n): self.how,self.n = how,n
     def before_fit(self, run):
+        if self.how=='power': self.folder = next(cb for cb in run.cbs if isinstance(cb, Checkpoint)).path.parent; self.watch()
         if self.how in ('replace','replaced','fsync','torn'): setattr(os, f := 'fsync' if self.how in ('fsync','torn') else 'replace', self.wrap(getattr(os,f)))
     def count(self):
         self.n -= 1
@@ -47,13 +48,26 @@ class Killer(Callback):
             if self.how=='replaced': f(a, *rest)
             self.die()
         return call
+    def watch(self):
+        "Remember which files are on the disk: all that were there at the start, and those that `fsync` was called for"
+        mark,sync = lambda f: (os.stat(f).st_ino, os.stat(f).st_mtime_ns),os.fsync
+        self.mark,self.safe = mark,{mark(f) for f in self.folder.iterdir()}
+        def fsync(fd): sync(fd); self.safe.add(mark(fd))
+        os.fsync = fsync
+    def fail(self):
+        "A power failure: of what is not on the disk, something is missing"
+        for f in self.folder.glob('run.ckpt*'):
+            if self.mark(f) not in self.safe: os.truncate(f, f.stat().st_size//3)
+        self.die()
     def after_batch(self, run):
         if self.how=='batch' and self.count(): self.die()
+        if self.how=='power' and self.count(): self.fail()
         if self.how=='full' and self.count(): resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
 def job(folder, loader, workers, how='', n=0):
     "Train from start to end; leaves what came out in `folder`/final.pt"
     torch.set_num_threads(1)
+    Checkpoint.pause = (0,0.05,1)[n%3]
     torch.manual_seed(3); random.seed(3); np.random.seed(3)
     model,loss_func,opt,dl = setup(Dl=dict(ours=DataLoader, torch=torch.utils.data.DataLoader)[loader], num_workers=workers)
     h,sched = History(),L.OneCycleLR(opt, 0.2, total_steps=100)
@@ -108,7 +122,7 @@ def test_killed_anywhere(victims, tmp_path, loader, workers, kills):
     while killed<kills:
         folder,i = tmp_path/f'{i}',i+1
         for _ in range(4):
-            how = r.choice(['batch','replace','replaced','fsync','torn','delay'])
+            how = r.choice(['batch','replace','replaced','fsync','torn','power','power','delay'])
             status,_ = victims(folder, loader, workers, delay=r.random()*secs) if how=='delay' else \
                        victims(folder, loader, workers, how, r.randrange(20))
             assert status in (0,-9), (folder/'log').read_text()
@@ -169,11 +183,34 @@ def test_finished_and_longer(tmp_path):
     h2 = History(); fit(9, *setup(), cbs=[h2,*stop()], **quiet)
     assert len(h.rows)==len(h2.rows)<9                  # a run that was stopped stays stopped
 
+dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.half, torch.int64, torch.uint8, torch.bool, torch.cfloat, torch.uint16]
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_pickled(sample):
+    "Reads back as what `torch.save` wrote does: values, types, strides; nested, shared, cut out of something larger"
+    def tensor():
+        t = (torch.arange(240.)*7%100).to(sample.draw(st.sampled_from(dtypes))).view(sample.draw(st.permutations([2,3,4,10])))
+        t = t.permute(sample.draw(st.permutations(range(4))))
+        t = t[tuple(slice(sample.draw(st.integers(0,2)), sample.draw(st.integers(1,10)), sample.draw(st.integers(1,2))) for _ in range(4))]
+        if sample.draw(st.booleans()): t = t.sum((0,1)) if t.dtype not in (torch.bool,torch.uint16) else t[...,None].expand(*t.shape,2)
+        return t.conj() if t.is_complex() and sample.draw(st.booleans()) else t
+    ts = [torch.arange(4.)[2:].expand(2,2), *(tensor() for _ in range(sample.draw(st.integers(0,4))))]
+    plain = sample.draw(st.recursive(st.none()|st.booleans()|st.integers()|st.floats()|st.text(), lambda s: st.lists(s)|st.dictionaries(st.text()|st.integers(), s), max_leaves=10))
+    assert len(T._pickled(ts))<1500+sum(t.nbytes for t in ts)
+    o = dict(ts=ts, again=ts[:1], plain=plain, model=net().state_dict())
+    torch.save(o, f := io.BytesIO()); f.seek(0)
+    a,b = torch.load(f, weights_only=True),torch.load(io.BytesIO(T._pickled(o)), weights_only=True)
+    assert repr(a['plain'])==repr(b['plain'])==repr(plain) and a['model']._metadata==b['model']._metadata and same(a['model'], b['model'])
+    for x,y,z in zip(ts+ts[:1], a['ts']+a['again'], b['ts']+b['again'], strict=True):
+        assert y.dtype==z.dtype and y.shape==z.shape and torch.equal(x, z) and torch.equal(y, z)
+        if x.untyped_storage().nbytes()==x.nbytes: assert x.stride()==z.stride()
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_damaged(tmp_path_factory, sample):
     tmp = tmp_path_factory.getbasetemp()/'damaged'
-    if not tmp.exists(): tmp.mkdir(); fit(2, *setup(), cbs=Checkpoint(tmp/'c', 4), **quiet)
+    if not tmp.exists(): tmp.mkdir(); c = Checkpoint(tmp/'c', 4); c.pause = 0; fit(2, *setup(), cbs=c, **quiet)
     good = (tmp/'c').read_bytes()
     i,cut = sample.draw(st.integers(0, len(good)-1)),sample.draw(st.booleans())
     bad = good[:i] if cut else good[:i]+bytes([good[i]^sample.draw(st.integers(1,255))])+good[i+1:]
@@ -213,14 +250,35 @@ def test_written_in_this_order(tmp_path, monkeypatch):
         def f(a, *rest): seen.append((name, Path(os.readlink(f'/proc/self/fd/{a}') if name=='fsync' else a).name)); return real(a, *rest)
         monkeypatch.setattr(os, name, f)
     (tmp_path/'c').write_bytes(b'old'); spy('fsync'); spy('replace')
+    spy('unlink')
     T._write(tmp_path/'c', b'new', tmp_path/'c.prev')
     assert seen==[('fsync','c.tmp'), ('replace','c'), ('replace','c.tmp'), ('fsync',tmp_path.name)]
+    del seen[:]; T._write(tmp_path/'c', b'newer', tmp_path/'c.prev', sync=False)
+    assert seen==[('replace','c'), ('replace','c.tmp')]
+    del seen[:]; T._write(tmp_path/'c', b'newest', tmp_path/'c.prev', safe=False)      # what is in c is not on the disk, what is in c.prev is
+    assert seen==[('fsync','c.tmp'), ('unlink','c'), ('replace','c.tmp'), ('fsync',tmp_path.name)]
+    assert (bytes(T._read(tmp_path/'c')),bytes(T._read(tmp_path/'c.prev')))==(b'newest',b'new')
+
+def test_goes_to_the_disk_once_a_second(tmp_path, monkeypatch):
+    now,seen,synced,write = [0.],[],[],T._write
+    def spy(path, data, prev, safe=True, sync=True): seen.append((round(now[0],1),safe,sync)); write(path, data, prev, safe, sync)
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(T, '_write', spy)
+    monkeypatch.setattr(T, '_sync', lambda path: synced.append(path.name))
+    class Clock(Callback):
+        def before_batch(self, run): c.wait(); now[0] += 0.3
+    c = Checkpoint(tmp_path/'c', 1)
+    fit(1, *setup(), cbs=[Clock(), c], **quiet)
+    # the one after what is on the disk keeps it as `prev`; those that follow replace one another
+    assert seen==[(0.3,True,True),(0.6,True,False),(0.9,False,False),(1.2,False,False), (1.5,False,True),(1.8,True,False),(2.1,False,False),
+                  (2.4,False,False), (2.7,False,True),(2.7,True,False)]
+    assert synced==['c.tmp',tmp_path.name]*3 + ['c',tmp_path.name]                      # in the end all of it is there
 
 def test_runs_no_code(tmp_path):
     class Evil:
         def __reduce__(self): return Path.touch,(tmp_path/'done',)
     f = io.BytesIO(); torch.save(dict(epoch=Evil()), f)
-    T._write(tmp_path/'c', f.getvalue())
+    T._write(tmp_path/'c', f.getvalue(), tmp_path/'c.prev')
     with pytest.raises(Exception, match='(?i)weights'): T._newest(tmp_path/'c', tmp_path/'c.prev')
     assert not (tmp_path/'done').exists()
     f.seek(0); torch.load(f, weights_only=False); assert (tmp_path/'done').exists()      # it would have been run
@@ -235,7 +293,7 @@ def test_paths(tmp_path):
     no('two Checkpoints', Checkpoint(tmp_path/'a'), Checkpoint(tmp_path/'b'))
     no('workers that outlive', Checkpoint(tmp_path/'a'), args=setup(Dl=torch.utils.data.DataLoader, num_workers=1, persistent_workers=True))
     assert [p.name for p in tmp_path.iterdir()]==['file']
-    with pytest.raises(OSError, match='(?s)no checkpoint.*Mend that') as e: T._write(tmp_path/'no'/'c', b'x')
+    with pytest.raises(OSError, match='(?s)no checkpoint.*Mend that') as e: T._write(tmp_path/'no'/'c', b'x', tmp_path/'no'/'p')
     assert 'Make room' not in str(e.value)
 
 def test_seconds_go_on(tmp_path, monkeypatch):
