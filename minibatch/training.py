@@ -499,7 +499,7 @@ class AMP(Callback):
     def load_state_dict(self, s): self.scale,self.good = s['scale'],s['good']
 
 # %% ../nbs/07_fit.ipynb #2fb8a262
-_head = b''.join(pickle.dumps(o, 2) for o in (0x1950a86a20f9469cfc6c, 1001, {}))      # that it is such a file, and of which version
+_head = b''.join(pickle.dumps(o, 2) for o in (0x1950a86a20f9469cfc6c, 1001, {}))      # kind, version, and the machine, which nobody reads
 
 class _Name(tuple): "Stands for the bytes of a tensor"
 
@@ -509,14 +509,14 @@ class _Pickler(pickle.Pickler):
     def persistent_id(self, o): return tuple(o) if type(o) is _Name else None
     def reducer_override(self, o):
         if type(o) is not Tensor or o.layout!=torch.strided or o.is_quantized: return NotImplemented
-        t = o.detach().resolve_conj().resolve_neg().cpu()
-        if t.untyped_storage().nbytes()>t.nbytes: t = t.clone()                        # of a view only what it shows
-        self.raw.append(t.as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0).view(torch.uint8).numpy())
+        t = o.detach().resolve_conj().resolve_neg().cpu()                    # a conjugate was so far only noted
+        if t.untyped_storage().nbytes()>t.nbytes: t = t.clone()              # of a view only what it shows
+        self.raw.append(t.as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0).view(torch.uint8).numpy())   # its memory in one row
         name = _Name(('storage', torch.ByteStorage, str(len(self.raw)), 'cpu', len(self.raw[-1]), None))
         return torch._utils._rebuild_tensor_v3, (name, t.storage_offset(), tuple(t.shape), t.stride(), False, OrderedDict(), t.dtype)
 
 def _pickled(state):
-    "`state` as bytes that `torch.load` reads, in the format of `torch.save` before PyTorch 1.6"
+    "A copy of `state` as bytes that `torch.load` reads: the old format of `torch.save`; tensors that share memory come back apart"
     p = _Pickler(f := io.BytesIO())
     p.dump(state)
     names = pickle.dumps([str(i+1) for i in range(len(p.raw))], 2)
@@ -524,29 +524,29 @@ def _pickled(state):
 
 # %% ../nbs/07_fit.ipynb #6312d826
 def _sync(path):
-    "Returns when the file, or the names in the folder, are on the disk"
+    "Wait until the file, or the names in the folder, are on the disk"
     if os.name=='nt' and path.is_dir(): return       # Windows has no such thing for folders
-    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)     # to wait for a file, Windows wants one that can be written
     try: os.fsync(fd)
     finally: os.close(fd)
 
 def _write(path, data, prev, safe=True, sync=True):
-    "Put `data` and its checksum into `path`, entirely or not at all, with `sync` on the disk; what was there becomes `prev` if it is `safe`"
+    "Put `data` and its checksum into `path`, with `sync` on the disk; what was there becomes `prev` if it is `safe`, that is, on the disk"
     tmp = Path(f'{path}.tmp')
     try:
         with open(tmp, 'wb') as f:
             f.write(data)
             f.write(zlib.crc32(data).to_bytes(4,'little'))
         if sync: _sync(tmp)
-        if not safe: path.unlink(missing_ok=True)    # to rename over it would have the system write to the disk at once
-        elif path.exists(): os.replace(path, prev)
+        if safe and path.exists(): os.replace(path, prev)
+        if not safe and not sync: path.unlink(missing_ok=True)      # `replace` would have some systems write to the disk at once
         os.replace(tmp, path)
         if sync: _sync(path.parent)
     except BaseException as e:                       # Ctrl-C, too
         tmp.unlink(missing_ok=True)
         if not isinstance(e, OSError): raise
         remedy = 'Make room' if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else 'Mend that'
-        raise OSError(e.errno, f'{e.strerror}: no checkpoint could be written to {path}; the last one is as it was. '
+        raise OSError(e.errno, f'{e.strerror}: no checkpoint could be written to {path}; one before it is kept. '
                                f'{remedy}, and start the same program again: it goes on from there') from e
 
 # %% ../nbs/07_fit.ipynb #f58d8fdb
@@ -589,7 +589,7 @@ def _about(run):
 class Checkpoint(Callback):
     "Writes all of a run to `path` again and again; the same program started again goes on from there as if nothing had happened"
     order = 100
-    pause = 1.      # seconds: checkpoints that come sooner after one that went to the disk outlive the process, but no power failure
+    pause = 1.      # seconds between two that are sent to the disk; the others outlive the process, but perhaps no power failure
     def __init__(self,
                  path, # file name; the checkpoint before is kept as `<path>.prev`
                  every:int=None # batches between two checkpoints; there is always one at the end of an epoch
@@ -618,6 +618,7 @@ class Checkpoint(Callback):
             if was!=now: raise ValueError(f'{self.path} is of another run: there {k} is {was}, here {now}. '
                                           'Set everything up as it was, or choose another path')
         run.load_state_dict(s)
+        _sync(self.path if self.path.exists() else self.prev)          # the last one before a kill may not be there yet
         self.start,self.now = s['start'],s['rng']
         print(f'{self.path.name}: going on after {run.epoch} epochs and {run.batch} batches')
     def after_batch(self, run):
