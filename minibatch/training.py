@@ -596,7 +596,6 @@ class Checkpoint(Callback):
                 ):
         if every is not None and every<1: raise ValueError(f'every is {every}: expected a number of batches, at least 1')
         self.path,self.prev,self.every,self.job,self.pool = Path(path),Path(f'{path}.prev'),every,None,ThreadPoolExecutor(1)
-        self.safe,self.synced = True,-math.inf                         # is the newest file on the disk? when did one go there?
     def before_fit(self, run):
         if any(isinstance(cb, LRFinder) for cb in run.cbs): raise ValueError('LRFinder puts everything back: there is nothing to keep')
         if sum(isinstance(cb, Checkpoint) for cb in run.cbs)>1: raise ValueError('two Checkpoints would restore the run twice: give one')
@@ -604,6 +603,7 @@ class Checkpoint(Callback):
             raise ValueError("workers that outlive an epoch keep random states that no checkpoint can hold: take minibatch's DataLoader, "
                              'or persistent_workers=False')
         if self.path.is_dir(): raise ValueError(f'{self.path} is a folder: expected the name of a file, such as {self.path/"run.ckpt"}')
+        self.safe,self.synced = True,-math.inf                         # is the newest file on the disk? when was one sent there?
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(f'{self.path}.tmp'); tmp.touch(); tmp.unlink()      # if it cannot be written, better to know it now
         self.about,s = _about(run),_newest(self.path, self.prev)
