@@ -589,7 +589,7 @@ def _about(run):
 class Checkpoint(Callback):
     "Writes all of a run to `path` again and again; the same program started again goes on from there as if nothing had happened"
     order = 100
-    pause = 1.      # seconds between two that are sent to the disk; the others outlive the process, but perhaps no power failure
+    pause = 1.      # seconds between two within an epoch that are sent to the disk; the others outlive the process, but perhaps no power failure
     def __init__(self,
                  path, # file name; the checkpoint before is kept as `<path>.prev`
                  every:int=None # batches between two checkpoints; there is always one at the end of an epoch
@@ -644,7 +644,7 @@ def save(self:Checkpoint, run):
     if run.means.bad: return                          # `fit` is about to stop
     data,now = _pickled(dict(s, about=self.about, start=self.start)),time.monotonic()
     self.wait()
-    sync = now-self.synced>=self.pause
+    sync = not run.batch or now-self.synced>=self.pause       # at the end of an epoch always
     if sync: self.job,self.synced = self.pool.submit(_write, self.path, data, self.prev, self.safe),now
     else: _write(self.path, data, self.prev, self.safe, sync=False)
     self.safe = sync

@@ -101,8 +101,9 @@ def same(a, b, tol=2e-5):
     for (k,x),y in zip(a.state_dict().items(), b.state_dict().values()):
         assert x.dtype==y.dtype and torch.allclose(x.double(), y.double(), rtol=tol, atol=tol), f'{k}: {(x-y).abs().max()}'
 
+# AdamW divides by the size of the gradients: with its usual eps, 1e-8, what is 0 but for rounding would become a whole step
 OPTS = {'ours': lambda ps: SGD(ps, lr=0.1), 'nesterov': lambda ps: SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.1, nesterov=True),
-        'theirs': lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.1), 'AdamW': lambda ps: torch.optim.AdamW(ps, lr=0.01),
+        'theirs': lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, weight_decay=0.1), 'AdamW': lambda ps: torch.optim.AdamW(ps, lr=0.01, eps=1e-3),
         'dampening': lambda ps: torch.optim.SGD(ps, lr=0.1, momentum=0.9, dampening=0.5), 'maximize': lambda ps: torch.optim.SGD(ps, lr=0.01, maximize=True),
         'groups': lambda ps: (lambda p: SGD([dict(params=p[:1], lr=0.3), dict(params=p[1:], weight_decay=0.1, momentum=0.5)], lr=0.05))(list(ps))}
 

@@ -269,12 +269,17 @@ def test_goes_to_the_disk_once_a_second(tmp_path, monkeypatch):
     monkeypatch.setattr(T, '_sync', lambda path: synced.append(path.name))
     class Clock(Callback):
         def before_batch(self, run): c.wait(); now[0] += 0.3
+    class Interrupt(Callback):
+        def after_batch(self, run): run.stop = run.batch==3
     c = Checkpoint(tmp_path/'c', 1)
     fit(1, *setup(), cbs=[Clock(), c], **quiet)
     # the one after what is on the disk keeps it as `prev`; those that follow replace one another
     assert seen==[(0.3,True,True),(0.6,True,False),(0.9,False,False),(1.2,False,False), (1.5,False,True),(1.8,True,False),(2.1,False,False),
-                  (2.4,False,False), (2.7,False,True),(2.7,True,False)]
-    assert synced==['c.tmp',tmp_path.name]*3 + ['c',tmp_path.name]                      # in the end all of it is there
+                  (2.4,False,False), (2.7,False,True),(2.7,True,True)]     # and the end of an epoch goes there, too
+    assert synced==['c.tmp',tmp_path.name]*4
+    del synced[:]; now[0] += 0.1
+    fit(2, *setup(), cbs=[Clock(), Interrupt(), c], **quiet)
+    assert synced[-2:]==['c',tmp_path.name]                                             # however a run ends, all of it is there
 
 def test_runs_no_code(tmp_path):
     class Evil:
