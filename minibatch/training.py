@@ -12,7 +12,7 @@ import numpy as np, torch
 from array import array
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from pathlib import Path
 from torch import nn, Tensor
@@ -532,17 +532,20 @@ def _sync(path):
 
 def _write(path, data, prev, safe=True, sync=True):
     "Put `data` and its checksum into `path`, with `sync` on the disk; what was there becomes `prev` if it is `safe`, that is, on the disk"
-    tmp = Path(f'{path}.tmp')
+    tmp,whole = Path(f'{path}.tmp'),False
     try:
         with open(tmp, 'wb') as f:
             f.write(data)
             f.write(zlib.crc32(data).to_bytes(4,'little'))
         if sync: _sync(tmp)
+        whole = True
         if safe and path.exists(): os.replace(path, prev)
-        if not safe and not sync: path.unlink(missing_ok=True)      # `replace` would have some systems write to the disk at once
+        if not safe and not sync and prev.exists(): path.unlink(missing_ok=True)     # `replace` would have some systems write to the disk
         os.replace(tmp, path)
         if sync: _sync(path.parent)
     except BaseException as e:                       # Ctrl-C, too
+        if whole and not path.exists():
+            with suppress(OSError): os.replace(tmp, path)
         tmp.unlink(missing_ok=True)
         if not isinstance(e, OSError): raise
         remedy = 'Make room' if e.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else 'Mend that'
@@ -595,15 +598,15 @@ class Checkpoint(Callback):
                  every:int=None # batches between two checkpoints; there is always one at the end of an epoch
                 ):
         if every is not None and every<1: raise ValueError(f'every is {every}: expected a number of batches, at least 1')
-        self.path,self.prev,self.every,self.job,self.pool = Path(path),Path(f'{path}.prev'),every,None,ThreadPoolExecutor(1)
+        self.path,self.prev,self.every,self.job,self.pool,self.safe = Path(path),Path(f'{path}.prev'),every,None,ThreadPoolExecutor(1),True
     def before_fit(self, run):
+        self.safe,self.synced = True,-math.inf                         # is the newest file on the disk? when was one sent there?
         if any(isinstance(cb, LRFinder) for cb in run.cbs): raise ValueError('LRFinder puts everything back: there is nothing to keep')
         if sum(isinstance(cb, Checkpoint) for cb in run.cbs)>1: raise ValueError('two Checkpoints would restore the run twice: give one')
         if getattr(run.train_dl,'persistent_workers',False) and not hasattr(run.train_dl,'state_dict'):
             raise ValueError("workers that outlive an epoch keep random states that no checkpoint can hold: take minibatch's DataLoader, "
                              'or persistent_workers=False')
         if self.path.is_dir(): raise ValueError(f'{self.path} is a folder: expected the name of a file, such as {self.path/"run.ckpt"}')
-        self.safe,self.synced = True,-math.inf                         # is the newest file on the disk? when was one sent there?
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tmp = Path(f'{self.path}.tmp'); tmp.touch(); tmp.unlink()      # if it cannot be written, better to know it now
         self.about,s = _about(run),_newest(self.path, self.prev)
@@ -618,7 +621,8 @@ class Checkpoint(Callback):
             if was!=now: raise ValueError(f'{self.path} is of another run: there {k} is {was}, here {now}. '
                                           'Set everything up as it was, or choose another path')
         run.load_state_dict(s)
-        _sync(self.path if self.path.exists() else self.prev)          # the last one before a kill may not be there yet
+        _sync(self.path if self.path.exists() else self.prev)          # the last one before a kill may not be on the disk yet
+        _sync(self.path.parent)
         self.start,self.now = s['start'],s['rng']
         print(f'{self.path.name}: going on after {run.epoch} epochs and {run.batch} batches')
     def after_batch(self, run):
@@ -645,13 +649,14 @@ def save(self:Checkpoint, run):
     data,now = _pickled(dict(s, about=self.about, start=self.start)),time.monotonic()
     self.wait()
     sync = not run.batch or now-self.synced>=self.pause       # at the end of an epoch always
-    if sync: self.job,self.synced = self.pool.submit(_write, self.path, data, self.prev, self.safe),now
-    else: _write(self.path, data, self.prev, self.safe, sync=False)
-    self.safe = sync
+    safe,self.safe = self.safe,False
+    if sync: self.job,self.synced = self.pool.submit(_write, self.path, data, self.prev, safe),now
+    else: _write(self.path, data, self.prev, safe, sync=False)
 
 @patch
 def wait(self:Checkpoint):
     "Wait until all is on the disk; what went wrong there is raised here"
     e = self.job.exception() if self.job else None
+    if self.job and not e: self.safe = True
     self.job = None
     if e: raise e

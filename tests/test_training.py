@@ -261,6 +261,25 @@ def test_written_in_this_order(tmp_path, monkeypatch):
     assert seen==[('fsync','c.tmp'), ('replace','c.tmp'), ('fsync',tmp_path.name)]
     assert (bytes(T._read(tmp_path/'c')),bytes(T._read(tmp_path/'c.prev')))==(b'newest',b'new')
 
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize('when', ['prev','no prev'])
+def test_interrupted_between_names(tmp_path, monkeypatch, error, when):
+    c,prev,real = tmp_path/'c',tmp_path/'c.prev',os.replace
+    T._write(c, b'old', prev)
+    if when=='prev': T._write(c, b'older', prev)
+    def fail(a, b): monkeypatch.setattr(os, 'replace', real); raise error
+    monkeypatch.setattr(os, 'replace', fail)
+    with pytest.raises(error): T._write(c, b'new', prev, safe=False, sync=False)
+    assert bytes(T._read(c))==(b'new' if when=='prev' else b'old') and not (tmp_path/'c.tmp').exists()
+
+def test_a_failed_write_is_not_on_the_disk(tmp_path, monkeypatch):
+    c = Checkpoint(tmp_path/'c', 1)
+    def fail(*a, **k): raise OSError('disk')
+    def break_it(run): monkeypatch.setattr(T, '_write', fail); c.synced = -math.inf
+    with pytest.raises(RuntimeError, match='disk'): fit(1, *setup(), cbs=[At(4, break_it), c], **quiet)
+    assert c.path.exists() and c.safe                  # what was written before the error was sent there at the end
+    assert T._newest(c.path, c.prev)['batch']==3
+
 def test_goes_to_the_disk_once_a_second(tmp_path, monkeypatch):
     now,seen,synced,write = [0.],[],[],T._write
     def spy(path, data, prev, safe=True, sync=True): seen.append((round(now[0],1),safe,sync)); write(path, data, prev, safe, sync)
