@@ -511,7 +511,7 @@ class _Pickler(pickle.Pickler):
         if type(o) is not Tensor or o.layout!=torch.strided or o.is_quantized: return NotImplemented
         t = o.detach().resolve_conj().resolve_neg().cpu()                    # a conjugate was so far only noted
         if t.untyped_storage().nbytes()>t.nbytes: t = t.clone()              # of a view only what it shows
-        self.raw.append(t.as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0).view(torch.uint8).numpy())   # its memory in one row
+        self.raw.append(t.as_strided((t.untyped_storage().nbytes()//t.itemsize,), (1,), 0).view(torch.uint8).numpy())   # all in one row
         name = _Name(('storage', torch.ByteStorage, str(len(self.raw)), 'cpu', len(self.raw[-1]), None))
         return torch._utils._rebuild_tensor_v3, (name, t.storage_offset(), tuple(t.shape), t.stride(), False, OrderedDict(), t.dtype)
 
@@ -592,7 +592,7 @@ def _about(run):
 class Checkpoint(Callback):
     "Writes all of a run to `path` again and again; the same program started again goes on from there as if nothing had happened"
     order = 100
-    pause = 1.      # seconds between two within an epoch that are sent to the disk; the others outlive the process, but perhaps no power failure
+    pause = 1.      # seconds between two of an epoch that are sent to the disk; the others outlive the process, perhaps no power failure
     def __init__(self,
                  path, # file name; the checkpoint before is kept as `<path>.prev`
                  every:int=None # batches between two checkpoints; there is always one at the end of an epoch
