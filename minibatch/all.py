@@ -7,3 +7,5 @@ from .models import *
 from .optim import *
 from .data import *
 from .training import *
+from .callbacks import *
+from .checkpoint import *

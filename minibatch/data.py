@@ -8,6 +8,7 @@ __all__ = ['Dataset', 'Sampler', 'collate', 'DataLoader', 'get_dls']
 # %% ../nbs/06_data.ipynb #a2176cca
 import io, itertools, mmap, multiprocessing, os, pickle, queue, random, signal, socket, struct, sys, threading, time, warnings
 import numpy as np, numpy.random, torch, torch.utils.data as tud
+from array import array
 from collections import deque
 from contextlib import suppress
 from multiprocessing.connection import wait
@@ -370,6 +371,31 @@ def _parallel(self:DataLoader, idxs, at):
         if self.persistent_workers: self._pool,pool = pool,None     # only after a whole epoch: nothing is under way
     finally:
         if pool: pool.close()
+
+# %% ../nbs/06_data.ipynb #62374d25
+def _gens(dl):
+    "The generators of a loader and its samplers"
+    bs = getattr(dl,'batch_sampler',None)
+    gens = [getattr(o,'generator',None) for o in (dl, getattr(dl,'sampler',None), bs, getattr(bs,'sampler',None))]
+    return [g for g in gens if isinstance(g, torch.Generator)]
+
+def _get_rng(dl):
+    "The states of all random generators, as tensors, strings and numbers"
+    _,words,gauss = random.getstate()
+    _,keys,*rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return dict(torch=torch.get_rng_state(), cuda=cuda, python=[array('I',words).tobytes().hex(), gauss],
+                numpy=[keys.tobytes().hex(), *rest], loader=[g.get_state() for g in _gens(dl)])
+
+# %% ../nbs/06_data.ipynb #e61f5985
+def _set_rng(s, dl):
+    torch.set_rng_state(s['torch'])
+    if s['cuda']: torch.cuda.set_rng_state_all(s['cuda'])
+    for g,state in zip(_gens(dl), s['loader']): g.set_state(state)
+    words,gauss = s['python']
+    random.setstate((3, tuple(array('I', bytes.fromhex(words))), gauss))
+    keys,*rest = s['numpy']
+    np.random.set_state(('MT19937', np.frombuffer(bytes.fromhex(keys), np.uint32), *rest))
 
 # %% ../nbs/06_data.ipynb #2e142f32
 def _get(g): return (g or torch.default_generator).get_state().numpy().tobytes().hex()
