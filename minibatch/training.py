@@ -29,8 +29,8 @@ def _unpack(batch, device):
                   for p in parts]
         y = next((t for t in tree_leaves(yb) if hasattr(t, 'shape')), yb)
         if getattr(y, 'ndim', isinstance(y, (tuple,list))): return xb,yb,len(y)
-    raise ValueError('A batch should hold the inputs first and the target last, as (xb, yb), and '
-                     f'the target should have a length; got {_what(batch)}')
+    raise ValueError('A batch should hold the inputs first and the target last, as (xb, yb), '
+                     f'and the target should have a length; got {_what(batch)}')
 
 # %% ../nbs/07_fit.ipynb #6d59d2fd
 class _Means:
@@ -54,8 +54,8 @@ class _Means:
         self.wait = []
     def __call__(self):
         self.read()
-        if not self.n: raise ValueError('The loader gave no batches: is it a generator that is used '
-                                        'up, or smaller than one batch with drop_last?')
+        if not self.n: raise ValueError('The loader gave no batches: is it a generator, used up '
+                                        'already, or smaller than one batch with drop_last?')
         return tuple(s/self.n for s in self.sums)
 
 def _floats(vals): # tensors are read from their device all at once
@@ -88,11 +88,11 @@ def evaluate(model:nn.Module, # is in `eval` mode meanwhile
             means.add([f(preds, yb) for f in (loss_func, *_list(metrics))], n)
     return means()
 
-# %% ../nbs/07_fit.ipynb #4a4a04da
+# %% ../nbs/07_fit.ipynb #b5a382dc
 def predict(model:nn.Module, # is in `eval` mode meanwhile
             dl # batches as for `evaluate`, or of inputs alone: `xb` or `(xb,)`
            ): # shape (n, ...), on the model's device; a tuple or dict if the model gives one
-    "Predictions for all of `dl`; of a batch of several parts the last, the target, is left out"
+    "Predictions for all of `dl`; the last part of a batch, the target, is left out"
     if isinstance(dl, Tensor): raise ValueError(f'Expected batches, as [x]; got {_what(dl)}')
     preds = []
     with _eval_mode(model) as device:
@@ -161,7 +161,7 @@ def train_step(run:Run # with the batch in `run.xb` and `run.yb`
     for f in run.after_backward: f(run)
     if run.update:
         run.opt.step()
-        run.opt.zero_grad()
+        for p in run.params(): p.grad = None      # faster than PyTorch's zero_grad, which logs
     run.loss = loss
 
 # %% ../nbs/07_fit.ipynb #1cd38cab
@@ -182,9 +182,10 @@ def validate(self:Run):
         figures = evaluate(self.model, self.loss_func, self.valid_dl, self.metrics)
         row.update(zip(['valid_loss',*self.names], figures))
         if not math.isfinite(figures[0]): bad = figures[0],'validation'
-    if bad: raise RuntimeError(f'The loss is {bad[0]} in epoch {self.epoch+1}, {bad[1]}; lr is '
-                               f'{self.lr:.4g}. Try a smaller lr (a tenth), ClipGrad(1), or look '
-                               'for nan and inf in the data')
+    if bad:
+        raise RuntimeError(f'The loss is {bad[0]} in epoch {self.epoch+1}, {bad[1]}; lr is '
+                           f'{self.lr:.4g}. Try a smaller lr (a tenth), ClipGrad(1), or look for '
+                           'nan and inf in the data')
     self.figures = figures
     self.row = dict(epoch=self.epoch+1, **row, seconds=time.perf_counter()-self.start)
     self.epoch,self.batch = self.epoch+1,0
@@ -231,14 +232,14 @@ def fit(epochs:int, # passes over the training data
             for f in reversed(run.after_fit): ends.callback(f, run)
     return run.figures
 
-# %% ../nbs/07_fit.ipynb #5b1bd631
+# %% ../nbs/07_fit.ipynb #9f7faafd
 def _check(run):
     "Refuse what cannot train"
     if not hasattr(run.epochs, '__index__') or run.epochs<1:
         raise ValueError(f'epochs is {run.epochs!r}: expected a whole number, at least 1')
     for cb in run.cbs:
         if not isinstance(cb, Callback):
-            raise TypeError(f'{cb} in cbs is no Callback object; expected one such as History()')
+            raise TypeError(f'{cb} in cbs is no Callback object such as History()')
     if not hasattr(run.opt, 'param_groups') or isinstance(run.opt, torch.optim.LBFGS):
         raise TypeError(f'{run.opt!r:.60} is no optimizer that fit can use; expected one such '
                         'as SGD(model.parameters(), lr=0.1), as the fourth argument')
@@ -253,7 +254,8 @@ def _check(run):
 # %% ../nbs/07_fit.ipynb #0fd19bf2
 def _line(row, header=False):
     "A line of the table that has the keys of `row` as its header"
-    cells = [k if header else f'{v:#.4g}' if isinstance(v, float) else v for k,v in row.items()]
+    def show(v): return f'{v:#.4g}' if isinstance(v, float) else v
+    cells = row if header else map(show, row.values())
     widths = [5 if k=='epoch' else max(len(k), 10) for k in row]
     return '  '.join(f'{c:>{w}}' for c,w in zip(cells, widths))
 
@@ -280,7 +282,7 @@ class Progress(Callback):
     def before_epoch(self, run):
         from tqdm import tqdm
         total = operator.length_hint(run.train_dl, 0) or None
-        how = dict(file=self.cell, ncols=80) if self.cell else dict(disable=None)   # if no terminal
+        how = dict(file=self.cell, ncols=80) if self.cell else dict(disable=None)   # if no tty
         run.batches = tqdm(run.batches, f'epoch {run.epoch+1}', total, initial=run.batch,
                            delay=0.5, leave=False, **how)
     def after_epoch(self, run):
