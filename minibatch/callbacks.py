@@ -63,7 +63,7 @@ class EarlyStop(Callback):
     def after_epoch(self, run):
         if self.metric not in run.row:
             raise ValueError(f'There is no {self.metric!r} in the table; it has {[*run.row]}')
-        new = self.best(self.record, run.row[self.metric])       # the record, too, if that is nan
+        new = self.best(self.record, run.row[self.metric])       # nan changes nothing
         self.bad = self.bad+1 if new==self.record else 0
         self.record = new
         run.stop = run.stop or self.bad>=self.patience
@@ -146,8 +146,8 @@ def smooth(self:LRFinder)->np.ndarray: # one per batch
 def suggestion(self:LRFinder):
     "A tenth of the learning rate at which the mean loss was smallest"
     if not any(map(math.isfinite, self.losses)):
-        raise ValueError(f'No finite loss in {self.losses}: call fit(1, ..., cbs=finder) first, '
-                         'or take a smaller lr_min')
+        raise ValueError(f'No finite loss in {self.losses}: call fit(1, ..., cbs=finder), or '
+                         'take a smaller lr_min')
     return self.lrs[np.nanargmin(self.smooth())]/10
 
 @patch

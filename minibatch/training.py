@@ -54,8 +54,8 @@ class _Means:
         self.wait = []
     def __call__(self):
         self.read()
-        if not self.n: raise ValueError('The loader gave no batches: is it a generator, used up '
-                                        'already, or smaller than one batch with drop_last?')
+        if not self.n: raise ValueError('The loader gave no batches: is it a generator, now used '
+                                        'up, or smaller than one batch with drop_last=True?')
         return tuple(s/self.n for s in self.sums)
 
 def _floats(vals): # tensors are read from their device all at once
@@ -88,7 +88,7 @@ def evaluate(model:nn.Module, # is in `eval` mode meanwhile
             means.add([f(preds, yb) for f in (loss_func, *_list(metrics))], n)
     return means()
 
-# %% ../nbs/07_fit.ipynb #b5a382dc
+# %% ../nbs/07_fit.ipynb #66194511
 def predict(model:nn.Module, # is in `eval` mode meanwhile
             dl # batches as for `evaluate`, or of inputs alone: `xb` or `(xb,)`
            ): # shape (n, ...), on the model's device; a tuple or dict if the model gives one
@@ -98,7 +98,8 @@ def predict(model:nn.Module, # is in `eval` mode meanwhile
     with _eval_mode(model) as device:
         for batch in dl:
             if isinstance(batch, Tensor): batch = [batch]
-            if len(batch)==1: batch = [*batch,*batch]        # it stands for its own target
+            if isinstance(batch, (tuple,list)) and len(batch)==1:
+                batch = [*batch,*batch]                  # the inputs stand in for the target
             xb,_,_ = _unpack(batch, device)
             preds.append(model(*xb))
     if not preds: raise ValueError('Nothing to predict: the loader gave no batches')
@@ -142,9 +143,8 @@ def _call(cb, hook, run):
     "Call a hook of `cb`; its errors say where they come from"
     try: getattr(cb, hook)(run)
     except Exception as e:
-        when = f'after {run.epoch} epochs and {run.batch} batches'
-        what = f'{type(cb).__name__}.{hook} failed {when}: {type(e).__name__}: {e}'
-        raise RuntimeError(what) from e
+        raise RuntimeError(f'{type(cb).__name__}.{hook} failed after {run.epoch} epochs and '
+                           f'{run.batch} batches: {type(e).__name__}: {e}') from e
 
 # %% ../nbs/07_fit.ipynb #5e2cb893
 def train_step(run:Run # with the batch in `run.xb` and `run.yb`
@@ -169,8 +169,8 @@ def train_step(run:Run # with the batch in `run.xb` and `run.yb`
 def measure(self:Run):
     "Count a batch and put its loss aside, and without a validation set its metrics too"
     metrics = self.metrics if self.valid_dl is None else []
-    with torch.no_grad(): figures = [self.loss, *(m(self.preds, self.yb) for m in metrics)]
-    self.means.add(figures, self.n)
+    with torch.no_grad():
+        self.means.add([self.loss, *(m(self.preds, self.yb) for m in metrics)], self.n)
     self.batch += 1
 
 @patch
@@ -182,10 +182,8 @@ def validate(self:Run):
         figures = evaluate(self.model, self.loss_func, self.valid_dl, self.metrics)
         row.update(zip(['valid_loss',*self.names], figures))
         if not math.isfinite(figures[0]): bad = figures[0],'validation'
-    if bad:
-        raise RuntimeError(f'The loss is {bad[0]} in epoch {self.epoch+1}, {bad[1]}; lr is '
-                           f'{self.lr:.4g}. Try a smaller lr (a tenth), ClipGrad(1), or look for '
-                           'nan and inf in the data')
+    if bad: raise RuntimeError(f'The loss is {bad[0]} in epoch {self.epoch+1}, {bad[1]}; lr is'
+        f' {self.lr:.4g}. Try a tenth of it, ClipGrad(1), or look for nan and inf in the data')
     self.figures = figures
     self.row = dict(epoch=self.epoch+1, **row, seconds=time.perf_counter()-self.start)
     self.epoch,self.batch = self.epoch+1,0
@@ -232,20 +230,18 @@ def fit(epochs:int, # passes over the training data
             for f in reversed(run.after_fit): ends.callback(f, run)
     return run.figures
 
-# %% ../nbs/07_fit.ipynb #9f7faafd
+# %% ../nbs/07_fit.ipynb #6bd77def
 def _check(run):
     "Refuse what cannot train"
     if not hasattr(run.epochs, '__index__') or run.epochs<1:
         raise ValueError(f'epochs is {run.epochs!r}: expected a whole number, at least 1')
     for cb in run.cbs:
-        if not isinstance(cb, Callback):
-            raise TypeError(f'{cb} in cbs is no Callback object such as History()')
+        if not isinstance(cb, Callback): raise TypeError(f'{cb} is no Callback object')
     if not hasattr(run.opt, 'param_groups') or isinstance(run.opt, torch.optim.LBFGS):
         raise TypeError(f'{run.opt!r:.60} is no optimizer that fit can use; expected one such '
                         'as SGD(model.parameters(), lr=0.1), as the fourth argument')
     if len(run.others())==len(run.params()):
-        raise ValueError("The optimizer holds none of the model's parameters: "
-                         'make it after the model, from model.parameters()')
+        raise ValueError("The optimizer holds none of the model's: give it model.parameters()")
     taken = 'epoch','loss','train_loss','valid_loss','seconds'
     if len({*run.names}-{*taken})<len(run.names):
         raise ValueError(f'The metrics are called {run.names}: each needs a name of its own, '
@@ -254,8 +250,8 @@ def _check(run):
 # %% ../nbs/07_fit.ipynb #0fd19bf2
 def _line(row, header=False):
     "A line of the table that has the keys of `row` as its header"
-    def show(v): return f'{v:#.4g}' if isinstance(v, float) else v
-    cells = row if header else map(show, row.values())
+    def show(v): return f'{v:.4f}' if v==0 or 1e-3<=abs(v)<1e4 else f'{v:.3e}'
+    cells = [k if header else show(v) if isinstance(v, float) else v for k,v in row.items()]
     widths = [5 if k=='epoch' else max(len(k), 10) for k in row]
     return '  '.join(f'{c:>{w}}' for c,w in zip(cells, widths))
 
@@ -278,7 +274,8 @@ class Progress(Callback):
     def before_fit(self, run):
         shell = getattr(builtins, 'get_ipython', lambda: None)()
         self.cell = _Cell() if hasattr(shell, 'kernel') else None       # are we in a notebook?
-        self.print,self.header = self.cell.print if self.cell else print,True
+        self.print = self.cell.print if self.cell else partial(print, flush=True)
+        self.header = True
     def before_epoch(self, run):
         from tqdm import tqdm
         total = operator.length_hint(run.train_dl, 0) or None
