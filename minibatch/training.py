@@ -8,7 +8,7 @@ __all__ = ['evaluate', 'predict', 'Callback', 'Run', 'train_step', 'fit', 'Progr
 # %% ../nbs/07_fit.ipynb #7742e4ad
 import builtins, math, operator, time
 import numpy as np, torch
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from torch import nn, Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -54,7 +54,7 @@ class _Means:
         self.wait = []
     def __call__(self):
         self.read()
-        if not self.n: raise ValueError('The loader gave no batches: is it a generator, now used '
+        if not self.n: raise ValueError('The loader gave no batches: is it a generator, used '
                                         'up, or smaller than one batch with drop_last=True?')
         return tuple(s/self.n for s in self.sums)
 
@@ -226,11 +226,15 @@ def fit(epochs:int, # passes over the training data
         print(f'Interrupted in epoch {run.epoch+1} after batch {run.batch}')
     finally:
         opt.zero_grad()
-        with ExitStack() as ends:           # calls all of them, even if one fails
-            for f in reversed(run.after_fit): ends.callback(f, run)
+        _end(run, iter(run.after_fit))
     return run.figures
 
-# %% ../nbs/07_fit.ipynb #6bd77def
+# %% ../nbs/07_fit.ipynb #d75b6d4d
+def _end(run, hooks): # all that the iterator gives, even if one fails; Python chains the errors
+    for f in hooks:
+        try: f(run)
+        finally: _end(run, hooks)
+
 def _check(run):
     "Refuse what cannot train"
     if not hasattr(run.epochs, '__index__') or run.epochs<1:
@@ -241,7 +245,7 @@ def _check(run):
         raise TypeError(f'{run.opt!r:.60} is no optimizer that fit can use; expected one such '
                         'as SGD(model.parameters(), lr=0.1), as the fourth argument')
     if len(run.others())==len(run.params()):
-        raise ValueError("The optimizer holds none of the model's: give it model.parameters()")
+        raise ValueError("The optimizer holds none of the weights: give it model.parameters()")
     taken = 'epoch','loss','train_loss','valid_loss','seconds'
     if len({*run.names}-{*taken})<len(run.names):
         raise ValueError(f'The metrics are called {run.names}: each needs a name of its own, '
@@ -261,7 +265,7 @@ class _Cell:
         from IPython.display import display
         self.lines,self.handle = '',display({'text/plain':''}, raw=True, display_id=True)
     def write(self, s=''):
-        self.handle.update({'text/plain':self.lines+s.strip()}, raw=True)
+        self.handle.update({'text/plain':(self.lines+s.strip()).rstrip()}, raw=True)
     def flush(self): pass
     def print(self, line):
         self.lines += line+'\n'

@@ -1,0 +1,209 @@
+"The callbacks of lesson 8, against PyTorch's own or a loop by hand"
+import copy, math, warnings
+import pytest, torch, torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+from torch import nn
+from torch.optim import lr_scheduler as L
+from minibatch.callbacks import *
+from minibatch.data import Dataset, DataLoader
+from minibatch.optim import SGD
+from minibatch.training import *
+
+def data(n=70, n_in=6, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, n_in, generator=g),torch.randint(0, 3, (n,), generator=g)
+
+def net(seed=1):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6,8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8,3))
+
+def setup(bs=8, seed=1, n=70, shuffle=True, Opt=SGD, Dl=DataLoader, **kw):
+    model = net(seed)
+    opt,ds = Opt(model.parameters(), lr=0.1, momentum=0.9),torch.utils.data.TensorDataset(*data(n))
+    return model,F.cross_entropy,opt,Dl(ds, bs, shuffle=shuffle, **kw)
+
+def weights(model): return {k:v.clone() for k,v in model.state_dict().items()}
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k],b[k]) for k in a)
+quiet = dict(progress=False)
+
+class Centers(nn.Module):
+    "A loss with parameters of its own"
+    def __init__(self): super().__init__(); torch.manual_seed(4); self.c = nn.Parameter(torch.randn(3,3))
+    def forward(self, p, y): return F.cross_entropy(p@self.c, y)
+
+SCHEDS = [
+    lambda o: L.OneCycleLR(o, 0.1, total_steps=99), lambda o: L.CosineAnnealingLR(o, 30), lambda o: L.StepLR(o, 7),
+    lambda o: L.LambdaLR(o, lambda i: 1/(1+i)), lambda o: L.CyclicLR(o, .01, .1, 5), lambda o: L.CosineAnnealingWarmRestarts(o, 5),
+    lambda o: L.SequentialLR(o, [L.LinearLR(o, total_iters=4), L.ConstantLR(o)], [6])]
+
+@pytest.mark.parametrize('sched', range(len(SCHEDS)))
+def test_schedules(sched):
+    a = setup()
+    fit(3, *a, cbs=Schedule(SCHEDS[sched](a[2])), **quiet)
+    model,loss_func,opt,dl = setup()                    # the loop by hand, with the same random numbers
+    s = SCHEDS[sched](opt)
+    for _ in range(3):
+        for xb,yb in dl: loss_func(model(xb), yb).backward(); opt.step(); opt.zero_grad(); s.step()
+    assert same(weights(a[0]), weights(model)) and a[2].param_groups[0]['lr']==s.get_last_lr()[0]
+
+def test_schedule_per_epoch():
+    args = setup(); s = L.StepLR(args[2], 1, gamma=0.5)
+    fit(3, *args, cbs=Schedule(s, 'epoch'), **quiet)
+    assert args[2].param_groups[0]['lr']==0.1/8
+    args = setup(); s = L.ReduceLROnPlateau(args[2], patience=0, mode='max', factor=0.5)
+    h = History(); fit(4, *args, cbs=[Schedule(s, 'epoch'), h], **quiet)
+    ref = L.ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)], 0.1), patience=0, mode='max', factor=0.5)
+    for r in h.rows: ref.step(r['train_loss'])
+    assert args[2].param_groups[0]['lr']==ref.optimizer.param_groups[0]['lr']
+    with pytest.raises(ValueError, match="per is 'step'"): Schedule(s, 'step')
+    with pytest.raises(RuntimeError, match='another optimizer'): fit(1, *setup(), cbs=Schedule(s), **quiet)
+    with warnings.catch_warnings():                     # stepped only after updates, so that PyTorch has nothing to warn of
+        warnings.simplefilter('error')
+        args = setup(Opt=torch.optim.SGD); fit(1, *args, cbs=[Schedule(L.StepLR(args[2], 1)), Accumulate(4)], **quiet)
+    assert args[2].param_groups[0]['lr']==pytest.approx(0.1*0.1**3)
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1,60), st.integers(1,9), st.integers(1,5), st.booleans())
+def test_accumulate(n, bs, k, clip):
+    def go(bs, cbs):
+        torch.manual_seed(0)
+        m = nn.Sequential(nn.Linear(6,5), nn.Tanh(), nn.Linear(5,3)).double()
+        x,y = data(n)
+        fit(2, m, F.cross_entropy, SGD(m.parameters(), .3, momentum=.9), DataLoader(Dataset(x.double(),y), bs),
+            cbs=[*cbs, ClipGrad(.1)] if clip else cbs, **quiet)
+        return nn.utils.parameters_to_vector(m.parameters())
+    assert torch.allclose(go(bs, [Accumulate(k)]), go(bs*k, []), atol=1e-12)
+
+def test_clip():
+    x,y = data(30)
+    for norm in .01,.5,1e9:
+        a,b = nn.Linear(6,3),nn.Linear(6,3); b.load_state_dict(a.state_dict())
+        fit(1, a, F.cross_entropy, SGD(a.parameters(), 1.), [(x,y)], cbs=ClipGrad(norm), **quiet)
+        F.cross_entropy(b(x),y).backward(); nn.utils.clip_grad_norm_(b.parameters(), norm); torch.optim.SGD(b.parameters(), 1.).step()
+        assert torch.allclose(a.weight, b.weight) and torch.allclose(a.bias, b.bias)
+
+def test_parameters_beside_the_model():
+    m,loss = nn.Linear(6,3),Centers(); was = loss.c.detach().clone()
+    fit(1, m, loss, SGD([*m.parameters(),*loss.parameters()], 1.), [data(8)], cbs=ClipGrad(1e-3), **quiet)
+    assert 0<(loss.c.detach()-was).norm()<=1.001e-3
+    scale = nn.Parameter(torch.ones(1))                 # of no module at all
+    def loss_func(p, y): return loss(p*scale, y)
+    opt,was = SGD([*m.parameters(),*loss.parameters(),scale], 1.),loss.c.detach().clone()
+    fit(1, m, loss_func, opt, [data(8)], cbs=LRFinder(steps=20), **quiet)
+    assert torch.equal(loss.c, was) and scale.item()==1
+    fit(1, m, loss_func, opt, [data(8)], **quiet)
+    assert not torch.equal(loss.c, was) and scale.item()!=1
+
+@pytest.mark.parametrize('vals,patience,best,epochs', [
+    ([3,2,1,1,1,0],2,None,5), ([3,2,1,1,.5,1,1],3,None,7), ([1,2,3,3,3],2,max,5), ([math.nan]*5,2,None,2),
+    ([3,math.nan,2,math.nan,2.5,1],2,None,5), ([1,2,1],5,None,3)])
+def test_early_stop(vals, patience, best, epochs):
+    es,run = EarlyStop('valid_loss', patience, best),type('R', (), dict(stop=False))()
+    for i,v in enumerate(vals, 1):
+        run.row = dict(valid_loss=v); es.after_epoch(run)
+        new = EarlyStop('valid_loss', patience, best); new.load_state_dict(es.state_dict()); es = new
+        if run.stop: break
+    assert i==epochs and EarlyStop('accuracy').best is max
+    with pytest.raises(ValueError, match="best is 'max'"): EarlyStop('valid_loss', best='max')
+    with pytest.raises(RuntimeError, match="no 'acc' in the table"):
+        fit(1, *setup(), cbs=EarlyStop('acc'), **quiet)
+    es = EarlyStop('train_loss', 2, max)
+    for _ in range(2): h = History(); fit(4, *setup(), cbs=[es, h], **quiet); assert len(h.rows)==3
+
+@pytest.mark.parametrize('diverge', [False,True])
+def test_lr_finder_puts_back(diverge):
+    args,other = setup(),setup()
+    for a in args,other: torch.manual_seed(2); fit(1, *a, **quiet)
+    finder = LRFinder(lr_max=1e30 if diverge else 1., steps=100 if diverge else 30)
+    torch.manual_seed(4)
+    assert all(math.isnan(v) for v in fit(1, *args, cbs=finder, **quiet))
+    assert same(weights(args[0]), weights(other[0])) and args[2].param_groups[0]['lr']==0.1
+    fit(1, *args, **quiet)                              # momentum, random numbers and the loader too
+    torch.manual_seed(4); fit(1, *other, **quiet)
+    assert same(weights(args[0]), weights(other[0]))
+    assert len(finder.lrs)==len(finder.losses) and (len(finder.lrs)<100 if diverge else len(finder.lrs)==30)
+    assert finder.lrs[0]==1e-5 and finder.suggestion in [l/10 for l in finder.lrs]
+    with pytest.raises(ValueError, match='gave no batches'): fit(1, *args[:3], [], cbs=LRFinder(), **quiet)
+    with pytest.raises(ValueError, match='steps is 1'): LRFinder(steps=1)
+    for f in LRFinder(),(nan := LRFinder()):
+        if f is nan: f.lrs,f.losses = [1.],[math.nan]
+        for g in f.plot,lambda: f.suggestion:
+            with pytest.raises(ValueError, match='No finite loss'): g()
+
+def test_lr_finder_puts_callbacks_back():
+    args,h,acc = setup(),History(),Accumulate(4)
+    sched = L.StepLR(args[2], 1)
+    cbs = [h, acc, Schedule(sched)]
+    fit(1, *args, cbs=cbs, **quiet)
+    was = [h.rows[:], sched.state_dict()]
+    fit(1, *args, cbs=[*cbs, LRFinder(steps=30)], **quiet)
+    assert [h.rows, sched.state_dict()]==was and acc.batches==0
+
+def test_smooth():
+    f,m,want = LRFinder(),0.,[]
+    f.losses = [3.,1.,4.,1.,5.]
+    for i,l in enumerate(f.losses, 1): m = .9*m+.1*l; want.append(m/(1-.9**i))
+    assert list(f.smooth())==pytest.approx(want)
+
+def test_lr_finder_finds():
+    # for f(w) = k/2 w^2, descent diverges beyond 2/k: the smallest loss comes at a rate near that
+    for k in (1.,100.):
+        m = nn.Linear(1,1,bias=False)
+        finder = LRFinder(1e-6, 100, 200)
+        fit(1, m, lambda p,y: (k/2*p**2).mean(), torch.optim.SGD(m.parameters(), 1.), [(torch.ones(4,1),torch.ones(4,1))]*10, metrics=(), cbs=finder, **quiet)
+        assert .02/k<finder.suggestion<.5/k
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16,torch.float16])
+def test_amp(dtype):
+    model,*rest = setup(bs=35); seen = set()
+    model[0].register_forward_hook(lambda m,i,o: seen.add((o.dtype,m.weight.dtype)))
+    a = fit(3, model, *rest, [data()], cbs=AMP(dtype), **quiet)
+    b = fit(3, *setup(bs=35), [data()], **quiet)
+    assert seen=={(dtype,torch.float32)} and a==pytest.approx(b, abs=.15) and not model._forward_hooks and not model._forward_pre_hooks
+
+def test_amp_copies_and_pairs():
+    copies = []
+    class Copy(Callback):
+        def after_batch(self, run):
+            c = copy.deepcopy(run.model).eval()
+            for p in c.parameters(): p.data.zero_()
+            copies.append(c); assert not c(data()[0]).any()         # its own weights, not the live ones
+    model,*rest = setup(bs=35)
+    fit(1, model, *rest, cbs=[AMP(), Copy()], **quiet)
+    assert not torch.is_autocast_enabled('cpu') and copies[0][0](data()[0]).dtype==torch.float32
+    model.register_forward_hook(lambda m,i,o: 1/0, prepend=False)
+    with pytest.raises(ZeroDivisionError): fit(1, model, *rest, cbs=AMP(), **quiet)
+    bad = [(torch.randn(2,5),torch.tensor([0,1]))]
+    with pytest.raises(RuntimeError): fit(1, m := net(), F.cross_entropy, SGD(m.parameters(), .1), bad, cbs=AMP(), **quiet)
+    assert not torch.is_autocast_enabled('cpu')
+    class Pair(nn.Module):
+        def __init__(self): super().__init__(); self.l = nn.Linear(6,3)
+        def forward(self, x): return dict(a=self.l(x), n=3)
+    seen,m = [],Pair()
+    def loss_func(p, y): seen.append(p['a'].dtype); return F.cross_entropy(p['a'], y)
+    fit(1, m, loss_func, SGD(m.parameters(), .1), [data(8)], metrics=None, cbs=AMP(), **quiet)
+    assert seen==[torch.float32]
+
+def test_amp_skips_overflow():
+    model = nn.Linear(6,3); w,amp = model.weight.clone(),AMP(torch.float16)
+    x,y = data(8); scales = []
+    class Watch(Callback):
+        def after_batch(self, run): scales.append((amp.scale,run.update))
+    bad = lambda p,yb: F.cross_entropy(p, yb)*(1e36 if len(scales)<2 else 1)        # finite, but not its scaled gradient
+    fit(1, model, bad, SGD(model.parameters(), .1), [(x,y)]*4, cbs=[amp, Watch()], **quiet)
+    assert scales==[(2.**15,False),(2.**14,False),(2.**14,True),(2.**14,True)] and model.weight.isfinite().all() and not model.weight.equal(w)
+    amp.good = 1999; fit(1, model, bad, SGD(model.parameters(), .1), [(x,y)], cbs=amp, **quiet)
+    assert (amp.scale,amp.good)==(2.**15,0)
+    new = AMP(torch.float16); new.load_state_dict(amp.state_dict()); assert new.scale==amp.scale
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
+def test_cuda():
+    def make():
+        a = setup(); a[0].cuda()
+        return a
+    a,b = make(),make()
+    fit(3, *a, [data()], cbs=[AMP(), ClipGrad(1.)], **quiet)
+    assert torch.cuda.is_available() and a[0][0].weight.is_cuda and a[0][0].weight.dtype==torch.float32
+    fit(1, *b, cbs=LRFinder(steps=20), **quiet)
+    assert same(weights(b[0]), weights(make()[0]))
+    assert predict(a[0], a[3]).is_cuda
