@@ -120,7 +120,8 @@ class Callback:
 # %% ../nbs/07_fit.ipynb #6d42d23f
 class Run:
     "All that a running `fit` knows; callbacks read it and may change it"
-    def __init__(self, epochs, model, loss_func, opt, train_dl, valid_dl, metrics, cbs):
+    def __init__(self, epochs, model, loss_func, opt, train_dl, valid_dl=None, metrics=(),
+                 cbs=()): # as `fit` takes them
         self.epochs,self.model,self.loss_func,self.opt = epochs,model,loss_func,opt
         self.train_dl,self.valid_dl,self.metrics = train_dl,valid_dl,_list(metrics)
         self.names = [getattr(m, '__name__', type(m).__name__) for m in self.metrics]
@@ -182,8 +183,9 @@ def validate(self:Run):
         figures = evaluate(self.model, self.loss_func, self.valid_dl, self.metrics)
         row.update(zip(['valid_loss',*self.names], figures))
         if not math.isfinite(figures[0]): bad = figures[0],'validation'
-    if bad: raise RuntimeError(f'The loss is {bad[0]} in epoch {self.epoch+1}, {bad[1]}; lr is'
-        f' {self.lr:.4g}. Try a tenth of it, ClipGrad(1), or look for nan and inf in the data')
+    if bad: raise RuntimeError(
+        f'The loss is {bad[0]} in epoch {self.epoch+1}, {bad[1]}; lr is {self.lr:.4g}. Try a '
+        'smaller lr (a tenth), ClipGrad(1), or look for nan and inf in the data')
     self.figures = figures
     self.row = dict(epoch=self.epoch+1, **row, seconds=time.perf_counter()-self.start)
     self.epoch,self.batch = self.epoch+1,0
@@ -229,8 +231,8 @@ def fit(epochs:int, # passes over the training data
         _end(run, iter(run.after_fit))
     return run.figures
 
-# %% ../nbs/07_fit.ipynb #d75b6d4d
-def _end(run, hooks): # all that the iterator gives, even if one fails; Python chains the errors
+# %% ../nbs/07_fit.ipynb #0bcb16a3
+def _end(run, hooks): # all that are in the iterator, even if one fails
     for f in hooks:
         try: f(run)
         finally: _end(run, hooks)

@@ -249,7 +249,7 @@ def test_names_the_bad_batch(n):
     seen = []
     class Count(Callback):
         def after_batch(self, run): seen.append(run.batch)
-    with pytest.raises(RuntimeError, match=f'The loss is nan in epoch 1, batch {n}; lr is 0.5. Try a tenth of it'):
+    with pytest.raises(RuntimeError, match=f'The loss is nan in epoch 1, batch {n}; lr is 0.5. Try a smaller lr'):
         fit(3, model, F.cross_entropy, opt, batches, cbs=Count(), **quiet)
     assert len(seen)==min(-(-n//100)*100, 257)           # noticed when the next hundred are read
 
