@@ -51,7 +51,7 @@ class EarlyStop(Callback):
     def __init__(self,
                  metric:str='valid_loss', # its name in the table
                  patience:int=3, # end after so many epochs without a new best
-                 best=None # `min` or `max`; `None`: `min` for names in 'loss', else `max`
+                 best=None # `min` or `max`; `None`: `min` for a loss, else `max`
                 ):
         if best not in (None,min,max):
             raise ValueError(f'best is {best!r}: expected the function min or max')

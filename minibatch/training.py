@@ -62,7 +62,7 @@ def _floats(vals): # tensors are read from their device all at once
     if all(isinstance(v, Tensor) for v in vals): return torch.stack(vals).tolist()
     return [float(v) for v in vals]
 
-# %% ../nbs/07_fit.ipynb #5f76e2f1
+# %% ../nbs/07_fit.ipynb #5181a906
 @contextmanager
 def _eval_mode(model):
     "Eval mode without gradients, then every part as it was; gives the device of the model"
@@ -73,7 +73,6 @@ def _eval_mode(model):
     finally:
         for m in training: m.training = True
 
-# %% ../nbs/07_fit.ipynb #5181a906
 def evaluate(model:nn.Module, # is in `eval` mode meanwhile
              loss_func, # `loss_func(preds, yb)`: the mean over the batch
              dl, # loader, or any iterable of batches: inputs first, target last
@@ -135,8 +134,7 @@ class Run:
     @property
     def lr(self): return self.opt.param_groups[0]['lr']
     def params(self): return [p for g in self.opt.param_groups for p in g['params']]
-    def others(self):
-        "The optimizer's parameters that are not the model's, such as those of a loss"
+    def others(self): # the optimizer's parameters that are not the model's: a loss may have some
         own = {*self.model.parameters()}
         return [p for p in self.params() if p not in own]
 
