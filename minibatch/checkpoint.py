@@ -129,6 +129,17 @@ def _about(run):
         batch_size=getattr(dl,'batch_size',None), batches=size(dl, -1),
         **{f'weights {k}':list(getattr(v,'shape',())) for k,v in weights.items()})
 
+# %% ../nbs/09_checkpoint.ipynb #16d38c3a
+def _unfit(run, path):
+    "Why there can be no checkpoint of `run` in `path`; None if there can"
+    dl,n = run.train_dl,sum(isinstance(cb, Checkpoint) for cb in run.cbs)
+    if path.is_dir(): return f'{path} is a folder: expected a file, such as run.ckpt'
+    if n>1: return f'{n} Checkpoints would each restore the run: give one'
+    if any(isinstance(cb, LRFinder) for cb in run.cbs): return 'LRFinder puts everything back'
+    if getattr(dl,'persistent_workers',False) and not hasattr(dl,'state_dict'):
+        return ("workers that outlive an epoch keep random states that nobody can read: "
+                "take minibatch's DataLoader, or persistent_workers=False")
+
 # %% ../nbs/09_checkpoint.ipynb #efe39dac
 class Checkpoint(Callback):
     "Writes all of a run to `path`; the same program, started again, goes on from there"
@@ -142,7 +153,7 @@ class Checkpoint(Callback):
         if not 0<share<=1: raise ValueError(f'share is {share}: expected a part, such as 0.02')
         self.path,self.every,self.share = Path(path),every,share
     def before_fit(self, run):
-        self.check(run)
+        if why := _unfit(run, self.path): raise ValueError(why)
         self.about,self.start,self.due = _about(run),None,0.
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists(): return self.resume(run, _read(self.path))
@@ -182,16 +193,3 @@ def before_epoch(self:Checkpoint, run):
     if not run.batch: self.start = _get_rng(dl) if whole else None
     elif whole: run.batches = _replay(run.batches, run.batch, dl, self.start, self.now)
     else: _set_rng(self.now, dl)
-
-# %% ../nbs/09_checkpoint.ipynb #1e7aeef4
-@patch
-def check(self:Checkpoint, run):
-    "Refuse what could not be resumed"
-    dl,n = run.train_dl,sum(isinstance(cb, Checkpoint) for cb in run.cbs)
-    def no(why): raise ValueError(f'no checkpoint to {self.path}: {why}')
-    if self.path.is_dir(): no('that is a folder; expected a file, such as run.ckpt')
-    if n>1: no(f'{n} of them would each restore the run; give one')
-    if any(isinstance(cb, LRFinder) for cb in run.cbs): no('LRFinder puts everything back')
-    if getattr(dl,'persistent_workers',False) and not hasattr(dl,'state_dict'):
-        no("workers that outlive an epoch keep random states that nobody can read; "
-           "take minibatch's DataLoader, or persistent_workers=False")

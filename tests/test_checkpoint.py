@@ -362,10 +362,10 @@ def test_a_write_that_fails(tmp_path, monkeypatch, error, where):
 def test_paths(tmp_path):
     def no(match, *cbs, args=None):
         with pytest.raises(RuntimeError, match='(?is)Checkpoint.before_fit failed after 0 epochs.*'+match): fit(1, *(args or setup()), cbs=cbs, **quiet)
-    no('is a folder; expected', Checkpoint(tmp_path))
+    no('is a folder: expected', Checkpoint(tmp_path))
     (tmp_path/'file').touch(); no('file', Checkpoint(tmp_path/'file'/'c'))
     no('too long', Checkpoint(tmp_path/('x'*250 + '.ckpt')))
-    no('2 of them', Checkpoint(tmp_path/'a'), Checkpoint(tmp_path/'b'))
+    no('2 Checkpoints', Checkpoint(tmp_path/'a'), Checkpoint(tmp_path/'b'))
     no('LRFinder puts everything back', LRFinder(), Checkpoint(tmp_path/'x'))
     no('workers that outlive', Checkpoint(tmp_path/'a'), args=setup(Dl=TheirDl, num_workers=1, persistent_workers=True))
     assert [p.name for p in tmp_path.iterdir()]==['file']
