@@ -19,21 +19,27 @@ from .training import fit, History
 from .checkpoint import Checkpoint
 
 # %% ../nbs/13_cli.ipynb #ffe41ba5
+_defaults = dict(dataset='digits', model='mlp', epochs=None, bs=64, lr=0.05, momentum=0.9,
+                 device='auto', workers=0, seed=42)
+
 def _settings(given, config=None):
-    "Complete settings: what the user gave, else what the resumed run had, else what is sensible for data set and model"
+    "All settings: what the user gave, else what the resumed run had, else what is sensible"
     given,config = {k: v for k,v in given.items() if v is not None}, config or {}
     for k in {*given} & {*config} - {'epochs', 'device', 'workers'}:
         if given[k]!=config[k]:
-            raise ValueError(f'--{k} is {given[k]}, but the run to resume has {config[k]}: leave it out, or begin a new run')
-    s = config | given
-    s = dict(dataset='digits', model='mlp', bs=64, lr=0.05, momentum=0.9, device='auto', workers=0, seed=42) | s
-    s = dict(epochs=30 if s['dataset']=='digits' else 3 if s['model']=='cnn' else 5) | s
+            raise ValueError(f'--{k} is {given[k]}, but the run to resume has {config[k]}: '
+                             'leave it out, or begin a new run')
+    s = _defaults | config | given
+    if s['epochs'] is None:
+        s['epochs'] = 30 if s['dataset']=='digits' else 3 if s['model']=='cnn' else 5
     dataset_classes(s['dataset'])     # complains about an unknown name
-    if s['model'] not in ('mlp', 'cnn'): raise ValueError(f"there is no model {s['model']!r}; there are 'mlp', 'cnn'")
-    bad = dict(epochs=s['epochs']<1, bs=not 0<s['bs']<2**31, lr=not 0<s['lr']<1e38, momentum=not 0<=s['momentum']<1,
-               workers=not 0<=s['workers']<=os.cpu_count()*8, seed=not 0<=s['seed']<2**63)
-    for k,b in bad.items():
-        if b: raise ValueError(f'--{k} is {s[k]}, which is out of range')
+    if s['model'] not in ('mlp', 'cnn'):
+        raise ValueError(f"there is no model {s['model']!r}; there are 'mlp', 'cnn'")
+    good = dict(epochs=s['epochs']>0, bs=0<s['bs']<2**31, lr=0<s['lr']<1e38,
+                momentum=0<=s['momentum']<1, workers=0<=s['workers']<=os.cpu_count()*8,
+                seed=0<=s['seed']<2**63)
+    for k in good:
+        if not good[k]: raise ValueError(f'--{k} is {s[k]}, which is out of range')
     return s
 
 # %% ../nbs/13_cli.ipynb #a6f50e3d
@@ -41,20 +47,26 @@ def _read_config(path):
     "The settings in `path`, if they are all there and of the right types"
     try:
         c = json.loads(path.read_text())
-        kinds = dict(dataset=str, model=str, epochs=int, bs=int, lr=float, momentum=float, device=str, workers=int, seed=int)
-        if not isinstance(c, dict) or {*c}!={*kinds}: raise ValueError(f'expected the settings {", ".join(kinds)}')
-        for k,kind in kinds.items():
-            if type(c[k]) is not kind and not (kind is float and type(c[k]) is int): raise ValueError(f'{k} is {c[k]!r}')
+        if not isinstance(c, dict) or {*c}!={*_defaults}:
+            raise ValueError(f'expected the settings {", ".join(_defaults)}')
+        for k,v in _settings({}).items():
+            fits = type(c[k]) is type(v) or (type(c[k]),type(v))==(int,float)
+            if not fits: raise ValueError(f'{k} is {c[k]!r}')
         return c
-    except ValueError as e: raise ValueError(f'{path} is not what a run leaves there ({e})') from e
+    except ValueError as e:
+        raise ValueError(f'{path} is not what a run leaves there ({e})') from e
 
 # %% ../nbs/13_cli.ipynb #ed31f692
 def _device(name):
     "The device that `name` stands for, after trying it out"
-    if name=='auto': name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try: return (t := torch.zeros(1, device=name), t.cpu())[0].device     # there, and back
+    if name=='auto':
+        cuda,mps = torch.cuda.is_available(),torch.backends.mps.is_available()
+        name = 'cuda' if cuda else 'mps' if mps else 'cpu'
+    try: t = torch.zeros(1, device=name); t.cpu()         # there, and back
     except (RuntimeError,AssertionError) as e:
-        raise ValueError(f'--device {name} does not work here ({str(e).splitlines()[0]}); auto and cpu always do') from e
+        why = str(e).splitlines()[0]
+        raise ValueError(f'--device {name} does not work here ({why}); auto and cpu do') from e
+    return t.device
 
 # %% ../nbs/13_cli.ipynb #154d0c9e
 def _put(path, write):
@@ -73,84 +85,108 @@ def _save_table(rows, path):
 
 # %% ../nbs/13_cli.ipynb #99010ce2
 def _show_predictions(model, valid_dl, classes, n=12):
-    "A figure of `n` validation images that the net gets right, then the `n` with the largest loss among the wrong ones"
+    "A figure of `n` images that the net gets right, and `n` mistakes with the largest loss"
     import matplotlib.pyplot as plt
     model.eval()
-    with torch.no_grad(): x,y,out = (torch.cat(t).cpu() for t in zip(*((xb, yb, model(xb)) for xb,yb in valid_dl)))
-    losses, guess = cross_entropy(out, y, reduction='none'), out.argmax(1)
-    right, wrong = (guess==y).nonzero()[:n,0], (guess!=y).nonzero()[:,0]
-    pick = torch.cat([right, wrong[losses[wrong].argsort(descending=True)[:n]]])
-    show_images(x[pick], [classes[g] if g==t else f'{classes[g]}, is {classes[t]}' for g,t in zip(guess[pick], y[pick])], ncols=n)
+    with torch.no_grad(): batches = [(xb, yb, model(xb)) for xb,yb in valid_dl]
+    x,y,out = (torch.cat(t).cpu() for t in zip(*batches))
+    losses,guess = cross_entropy(out, y, reduction='none'), out.argmax(1)
+    right = (guess==y).nonzero()[:n,0]
+    wrong = (guess!=y).nonzero()[:,0]
+    worst = wrong[losses[wrong].argsort(descending=True)[:n]]
+    def title(i): return classes[guess[i]] + f', is {classes[y[i]]}'*bool(guess[i]!=y[i])
+    pick = torch.cat([right, worst])
+    show_images(x[pick], [title(i) for i in pick], ncols=n)
     return plt.gcf()
+
+# %% ../nbs/13_cli.ipynb #02e12435
+_results = ['model.pt', 'history.csv', 'loss.png', 'predictions.png']
+
+def _save_results(out, model, history, valid_dl, classes):
+    "Write what is in `_results`, the weights last"
+    import matplotlib.pyplot as plt
+    predictions = _show_predictions(model, valid_dl, classes)
+    for name,fig in ('loss',history.plot()[0].figure), ('predictions',predictions):
+        _put(out/f'{name}.png', lambda p: fig.savefig(p, bbox_inches='tight'))
+        plt.close(fig)
+    _put(out/'history.csv', lambda p: _save_table(history.rows, p))
+    _put(out/'model.pt', lambda p: torch.save(model.cpu().state_dict(), p))
+
+# %% ../nbs/13_cli.ipynb #67bf5060
+def _check_folder(out, resume):
+    "Refuse what would lose a run, or resume none"
+    begun,done = (out/'checkpoint').exists(),(out/'model.pt').exists()
+    if out.exists() and not out.is_dir():
+        raise ValueError(f'--out {out} is a file; expected a folder')
+    if resume and not (out/'config.json').exists():
+        raise ValueError(f'--resume, but {out} holds no run; run without it first')
+    if begun and not done and not resume:
+        raise ValueError(f'{out} holds a run that was not finished: --resume goes on with it; '
+                         'remove it, or choose another --out, to begin anew')
 
 # %% ../nbs/13_cli.ipynb #3ca4cc6b
 def train(
-    dataset:str=None, # data to train on: digits (in the package; the default), mnist or kmnist (downloaded, or found in $MINIBATCH_DATA)
+    dataset:str=None, # digits (the default), mnist, kmnist (in $MINIBATCH_DATA, or downloaded)
     model:str=None, # mlp (the default) or cnn
-    epochs:int=None, # passes over the training data; default: 30 for the digits, else 5 (mlp) or 3 (cnn)
+    epochs:int=None, # passes over the training data; default: 30 (digits), 5 (mlp), 3 (cnn)
     bs:int=None, # images per batch; default: 64
     lr:float=None, # learning rate of SGD; default: 0.05
     momentum:float=None, # momentum of SGD, in [0,1); default: 0.9
     device:str=None, # auto (the default), cpu, cuda, ...
-    workers:int=None, # processes that load data; default: 0, the fastest for data in memory
+    workers:int=None, # processes that load data; default: 0, fastest for data in memory
     out:str='minibatch-run', # folder for the results; a finished run in it is replaced
-    resume:store_true=False, # go on from the checkpoint in the folder, with its settings; epochs, device and workers may change
-    seed:int=None, # seed of the random numbers, the same seed gives the same run; default: 42
+    resume:store_true=False, # go on in that folder; epochs, device and workers may change
+    seed:int=None, # of the random numbers, the same seed gives the same run; default: 42
 )->int: # exit status: 0, or 130 if the run was interrupted
-    "Train a small network on handwriting, print a line per epoch, and leave weights, history and pictures in a folder"
-    given, out = {k: v for k,v in locals().items() if k not in ('out', 'resume')}, Path(out)
-    checkpoint, history, results = Checkpoint(out/'checkpoint'), History(), ['model.pt', 'history.csv', 'loss.png', 'predictions.png']
-    begun = checkpoint.path.exists() or checkpoint.prev.exists()
-    if out.exists() and not out.is_dir(): raise ValueError(f'--out {out} is a file; expected a folder')
-    if resume and not (out/'config.json').exists(): raise ValueError(f'--resume, but {out} holds no run; run without it first')
-    if begun and not resume and not (out/'model.pt').exists():
-        raise ValueError(f'{out} holds a run that was not finished: --resume goes on with it; '
-                         'remove it, or choose another --out, to begin anew')
+    "Train a small network on handwriting; leave weights, history and pictures in a folder"
+    given = {k: v for k,v in locals().items() if k not in ('out', 'resume')}
+    out = Path(out)
+    _check_folder(out, resume)
     config = _read_config(out/'config.json') if resume else {}
     s = _settings(given, config)
     device = _device(s['device'])
-    out.mkdir(parents=True, exist_ok=True)     # before training: a folder that cannot be made should be known now
+    out.mkdir(parents=True, exist_ok=True)     # if it cannot be made, say so before training
     x_train,y_train,x_valid,y_valid = get_data(s['dataset'])
-    print(f"{s['dataset']}: {len(x_train):,} images to train on, {len(x_valid):,} to validate; {s['model']} on {device}")
+    print(f"{s['dataset']}: {len(x_train):,} images to train on, "
+          f"{len(x_valid):,} to validate; {s['model']} on {device}")
     torch.manual_seed(s['seed'])
     net = (cnn(10) if s['model']=='cnn' else mlp(784, 50, 10)).to(device)
-    train_dl,valid_dl = get_dls(Dataset(x_train,y_train), Dataset(x_valid,y_valid), s['bs'], device=device, num_workers=s['workers'])
+    train_dl,valid_dl = get_dls(Dataset(x_train,y_train), Dataset(x_valid,y_valid), s['bs'],
+                                device=device, num_workers=s['workers'])
     opt = SGD(net.parameters(), lr=s['lr'], momentum=s['momentum'])
+    history,checkpoint = History(),Checkpoint(out/'checkpoint')
     if not resume:
-        for f in (checkpoint.path, checkpoint.prev, *(out/r for r in results)): f.unlink(missing_ok=True)
-    elif not begun: print(f'no epoch of the run in {out} was finished: beginning anew')
-    def save_settings(): _put(out/'config.json', lambda p: p.write_text(json.dumps(s, indent=1)))
-    if s['epochs']>=config.get('epochs', 0): save_settings()
+        for f in 'checkpoint', *_results: (out/f).unlink(missing_ok=True)
+    elif not checkpoint.path.exists():
+        print(f'the run in {out} was ended before its first checkpoint: beginning anew')
+    def write(path): path.write_text(json.dumps(s, indent=1))
+    if s['epochs']>=config.get('epochs', 0): _put(out/'config.json', write)
     fit(s['epochs'], net, cross_entropy, opt, train_dl, valid_dl, cbs=[history, checkpoint])
-    if len(history.rows)>s['epochs']: raise ValueError(f"--epochs is {s['epochs']}, but {len(history.rows)} are done")
-    save_settings()
-    if len(history.rows)<s['epochs']:
+    done = len(history.rows)
+    if done>s['epochs']: raise ValueError(f"--epochs is {s['epochs']}, but {done} are done")
+    _put(out/'config.json', write)
+    if done<s['epochs']:
         print(f'minibatch: interrupted; --resume --out {out} goes on', file=sys.stderr)
         return 130
-    import matplotlib.pyplot as plt
-    history.plot()
-    for name,fig in (('loss', plt.gcf()), ('predictions', _show_predictions(net, valid_dl, dataset_classes(s['dataset'])))):
-        _put(out/f'{name}.png', lambda p: fig.savefig(p, bbox_inches='tight'))
-        plt.close(fig)
-    _put(out/'history.csv', lambda p: _save_table(history.rows, p))
-    _put(out/'model.pt', lambda p: torch.save(net.cpu().state_dict(), p))
-    print(f"accuracy {history.rows[-1]['accuracy']:.4f} on the validation images; model.pt, history.csv, loss.png, predictions.png and "
-          f"config.json are in {out}{os.sep}")
+    _save_results(out, net, history, valid_dl, dataset_classes(s['dataset']))
+    print(f"accuracy {history.rows[-1]['accuracy']:.4f} on the validation images; "
+          f"{', '.join(_results)} and config.json are in {out}{os.sep}")
     return 0
 
 # %% ../nbs/13_cli.ipynb #01d1a54f
 def _command(f, prog, argv):
-    "Call `f` with the options in `argv`; errors and warnings are one line each on stderr. The exit status"
+    "Call `f` with the options in `argv`; errors are one line each on stderr. The exit status"
     parser = anno_parser(f, prog=prog)
-    parser.error = lambda message: parser.exit(2, f'{prog}: {message} (--help tells more)\n')
-    args = {k: v for k,v in vars(parser.parse_args(argv)).items() if k not in ('pdb', 'xtra')}     # fastcore's own two options
+    parser.error = lambda why: parser.exit(2, f'{prog}: {why} (--help tells more)\n')
+    args = vars(parser.parse_args(argv))
+    for own in 'pdb', 'xtra': args.pop(own, None)         # options that fastcore adds
     def say(message, *_): print(f'{prog}:', ' '.join(str(message).split()), file=sys.stderr)
     with warnings.catch_warnings():
         warnings.showwarning = say
         try: return f(**args) or 0
-        except KeyboardInterrupt: status, why = 130, 'interrupted'
-        except (DatasetError, RuntimeError, OSError) as e: status, why = 1, e
-        except ValueError as e: status, why = 2, e
+        except KeyboardInterrupt: status,why = 130,'interrupted'
+        except (DatasetError, RuntimeError, OSError) as e: status,why = 1,e
+        except ValueError as e: status,why = 2,e
     say(why)
     return status
 
