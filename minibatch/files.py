@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DatasetError', 'read_idx', 'read_npz', 'read_pickle']
 
-# %% ../nbs/a0_files.ipynb #a15b270b
-import gzip, io, math, os, pickle, pickletools, struct, sys, zipfile
+# %% ../nbs/a0_files.ipynb #4e1ca2f5
+import gzip, io, math, os, pickle, pickletools, struct, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
@@ -57,7 +57,7 @@ def read_idx(path # a file in IDX format (MNIST's own), plain or gzipped
                              f'and {len(b)-start:,} follow')
         return np.frombuffer(b, np.uint8, offset=start).reshape(shape)
 
-# %% ../nbs/a0_files.ipynb #db71f997
+# %% ../nbs/a0_files.ipynb #1f14fab8
 def read_npz(path # a zip archive made by `np.savez(f, a)`, as KMNIST's are; plain or gzipped
             )->np.ndarray: # the array `arr_0`, of whole numbers, floats or booleans; writable
     "Read the array `arr_0` of an npz file without ever unpickling; else a `DatasetError`"
@@ -66,10 +66,9 @@ def read_npz(path # a zip archive made by `np.savez(f, a)`, as KMNIST's are; pla
         with zipfile.ZipFile(f) as z, z.open('arr_0.npy') as member: npy = _contents(member)
         a = np.lib.format.read_array(npy, allow_pickle=False)
         if a.dtype.kind not in 'buif': raise ValueError(f'it holds {a.dtype}, not numbers')
-        if npy.read(1): raise ValueError('it goes on after its last number')
         return a
 
-# %% ../nbs/a0_files.ipynb #ba6205d8
+# %% ../nbs/a0_files.ipynb #468b6859
 class _Dtype:
     "Stands for `numpy.dtype` in a pickle: a number type with a byte order, and nothing else"
     def __init__(self, code, *_):
@@ -84,7 +83,7 @@ class _Array:
     "Stands for `numpy.ndarray` in a pickle: an array, if there are the bytes for its shape"
     def fill(self, raw, dtype, shape, order):
         if any(n<0 for n in shape): raise ValueError('an array in it has a negative size')
-        self.a = np.frombuffer(bytearray(raw), dtype.dtype).reshape(shape, order=order)
+        self.a = np.frombuffer(raw, dtype.dtype).reshape(shape, order=order)     # no copy
         return self
     def __setstate__(self, state):
         _, shape, dtype, fortran, raw = state
@@ -115,14 +114,15 @@ def _check_program(f):
     if f.read(1): raise ValueError('it goes on after its end')
     f.seek(0)
 
-# %% ../nbs/a0_files.ipynb #0d8a5dec
+# %% ../nbs/a0_files.ipynb #6960c1ee
 def read_pickle(path # a pickle of pairs of numpy arrays, like `mnist.pkl.gz`; plain or gzipped
-               )->tuple: # tuple of tuples of arrays, as in the file
+               )->tuple: # tuple of tuples of arrays (read-only), as in the file
     "Read numpy arrays from a pickle without trusting it; anything else is a `DatasetError`"
     with _reading(path) as f:
         _check_program(f)
         pairs = _ArrayUnpickler(f, encoding='bytes').load()
-        arrays = tuple(tuple(o.a for o in pair) for pair in pairs)
+        try: arrays = tuple(tuple(o.a for o in pair) for pair in pairs)
+        except (TypeError, AttributeError): arrays = ()
         if not arrays or () in arrays: raise ValueError('it does not hold pairs of arrays')
         return arrays
 
@@ -159,17 +159,15 @@ def _check_origin(name, part, y, file):
     if other!=name: raise DatasetError(f'{file} belongs to {other}, not to {name}. '
                                        'Put each in a folder of its own name.')
 
-# %% ../nbs/a0_files.ipynb #d2cdde7c
-def _idx_names(part):
-    "The names of the IDX files of images and labels, without `.gz`"
-    who = dict(train='train', test='t10k')[part]
-    return [f'{who}-images-idx3-ubyte', f'{who}-labels-idx1-ubyte']
+# %% ../nbs/a0_files.ipynb #1bfa7f14
+_idx_names = {'train': ['train-images-idx3-ubyte', 'train-labels-idx1-ubyte'],
+              'test':  ['t10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte']}
 
 def _read_pair(name, part, folder):
     "Images and labels of one part of data set `name`, as bytes; None if `folder` lacks them"
     def there(n): return next((p for p in (folder/n, folder/f'{n}.gz') if p.is_file()), None)
     npz = [there(f'kmnist-{part}-{what}.npz') for what in ('imgs', 'labels')]
-    idx, pkl = [there(n) for n in _idx_names(part)], there('mnist.pkl')
+    idx, pkl = [there(n) for n in _idx_names[part]], there('mnist.pkl')
     if name=='kmnist' and all(npz): return _checked(*map(read_npz, npz), npz)
     if all(idx):
         x,y = _checked(*map(read_idx, idx), idx)
@@ -183,21 +181,22 @@ def _read_pair(name, part, folder):
         xs,ys = zip(*[_checked(x, y, [pkl, pkl]) for x,y in pairs])
         return np.concatenate(xs), np.concatenate(ys)
 
-# %% ../nbs/a0_files.ipynb #6cae901e
+# %% ../nbs/a0_files.ipynb #71215c44
 def _folders(name, path=None):
     "The folders where files of data set `name` may be, in the order in which to look"
     import pooch
     said = [r for r in (path, os.environ.get('MINIBATCH_DATA') or None) if r is not None]
     for r in said:
         if not os.path.isdir(r):
-            raise DatasetError(f"{str(r)!r}, from `path` or MINIBATCH_DATA, is not a folder.")
+            raise DatasetError(f"{str(r)!r}, from `path` or MINIBATCH_DATA, is not a folder. "
+                               "Name an existing one, or none.")
     return [Path(r)/sub for r in (*said, pooch.os_cache('minibatch')) for sub in (name, '')]
 
-# %% ../nbs/a0_files.ipynb #e7579bbb
+# %% ../nbs/a0_files.ipynb #d74ff90f
 _urls = dict(mnist=['https://ossci-datasets.s3.amazonaws.com/mnist/',
                     'https://storage.googleapis.com/cvdf-datasets/mnist/'],
              kmnist=['http://codh.rois.ac.jp/kmnist/dataset/kmnist/'])
-_sha256 = dict(mnist=dict(zip([f'{n}.gz' for n in _idx_names('train')+_idx_names('test')], [
+_sha256 = dict(mnist=dict(zip([f'{n}.gz' for n in _idx_names['train']+_idx_names['test']], [
     '440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609',
     '3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c',
     '8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6',
@@ -208,7 +207,7 @@ _sha256['kmnist'] = dict(zip(_sha256['mnist'], [
     'edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5',
     '20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c']))
 
-# %% ../nbs/a0_files.ipynb #7c9b74be
+# %% ../nbs/a0_files.ipynb #2300199e
 class _NotHere(DatasetError): "A data set is in no folder and cannot be downloaded"
 
 def _download(name, part, folders):
@@ -217,7 +216,7 @@ def _download(name, part, folders):
     pooch.get_logger().setLevel('WARNING')
     get = pooch.HTTPDownloader(timeout=(3,10))     # seconds to connect, and between two pieces
     cache, failed = pooch.os_cache('minibatch')/name, []
-    files = [f'{n}.gz' for n in _idx_names(part)]
+    files = [f'{n}.gz' for n in _idx_names[part]]
     def fetch(file):
         for url in _urls[name]:
             try: return pooch.retrieve(url+file, _sha256[name][file], file, cache, None, get)
@@ -225,8 +224,8 @@ def _download(name, part, folders):
     if all(map(fetch, files)): return cache
     raise _NotHere('\n  '.join([f'The data set {name!r} is not here and cannot be downloaded.',
         'Looked in:', *map(str, folders), 'Tried:', *failed,
-        f"Put {' and '.join(files)} into one of these folders, or set MINIBATCH_DATA to theirs. "
-        "The data set 'digits' needs no file."]))
+        f"Put {' and '.join(files)} into one of these folders, or set MINIBATCH_DATA to "
+        "theirs. The data set 'digits' needs no file."]))
 
 def _load(name, part, path=None):
     "Images and labels of one part of data set `name`, as bytes, from wherever they can be had"
