@@ -1,4 +1,5 @@
 "Every public name of the package; lives beside the generated modules and is written by hand"
+from .files import *
 from .datasets import *
 from .backprop import *
 from .losses import *

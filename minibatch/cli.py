@@ -10,6 +10,7 @@ import csv, json, os, sys, warnings
 from pathlib import Path
 import torch
 from fastcore.script import anno_parser, store_true
+from .files import DatasetError
 from .datasets import *
 from .losses import cross_entropy
 from .models import mlp, cnn
