@@ -24,8 +24,8 @@ class Dataset:
     def __init__(self,
                  x, # inputs, tensor or array of shape (n, ...)
                  y): # targets, tensor or array of shape (n, ...)
-        nx,ny = len(x),len(y)
-        if nx!=ny: raise ValueError(f'x has {nx} rows and y has {ny}: every input needs its target')
+        if len(x)!=len(y):
+            raise ValueError(f'x has {len(x)} rows and y has {len(y)}: each x needs its y')
         self.x,self.y = x,y
     def __len__(self): return len(self.x)
     def __getitem__(self, i): return self.x[i],self.y[i]
@@ -40,7 +40,7 @@ class Sampler:
                  bs:int, # indices per batch
                  shuffle:bool=False, # a random order?
                  drop_last:bool=False, # leave out a last batch of fewer than `bs`?
-                 seed:int=None): # of its own generator; `None`: torch's, as `torch.manual_seed` left it
+                 seed:int=None): # of a generator of its own; `None`: torch's global one
         if type(bs) is not int or bs<1:
             raise ValueError(f'the batch size should be a positive integer, got {bs!r}')
         self.ds,self.bs,self.shuffle,self.drop_last = ds,bs,shuffle,drop_last
@@ -62,15 +62,15 @@ class Sampler:
 # %% ../nbs/06_data.ipynb #c65ef8c1
 def collate(samples:list, # tensors, arrays, numbers, strings; or tuples, lists, dicts of these
             idxs=None): # their indices in the dataset, for the error message
-    "One batch from a list of samples: PyTorch's `default_collate`, with an error that says who is odd"
+    "One batch from a list of samples, by PyTorch's `default_collate`; errors say who is odd"
     try: return default_collate(samples)
     except RuntimeError as e:
         shapes = [tree_map(lambda t: tuple(getattr(t,'shape',())), s) for s in samples]
         odd = next((j for j,s in enumerate(shapes) if s!=shapes[0]), None)
         if odd is None: raise
         i,j = (0,odd) if idxs is None else (idxs[0],idxs[odd])
-        raise RuntimeError(f'samples {i} and {j} are in one batch but have shapes {shapes[0]} and '
-            f'{shapes[odd]}: make them alike in the dataset (crop, pad), or give a `collate_fn`') from e
+        raise RuntimeError(f'samples {i} and {j} are in one batch with shapes {shapes[0]} and '
+            f'{shapes[odd]}: crop or pad them in the dataset, or give a `collate_fn`') from e
 
 # %% ../nbs/06_data.ipynb #18ff094f
 def _rows(a, i):
@@ -89,44 +89,42 @@ def _checked(i, n):
     "Indices from somebody else's sampler as a tensor, all of them within a dataset of `n`"
     i = torch.as_tensor(i)
     if i.is_floating_point() or i.dtype==torch.bool or not i.numel():
-        raise IndexError(f'a batch should be at least one integer, the sampler gave {i.tolist()}')
+        raise IndexError(f'the sampler should give integers, at least one, not {i.tolist()}')
     i = i.long()
-    for far in (i.min().item(), i.max().item()):
-        if not -n<=far<n:
-            raise IndexError(f'the sampler asked for index {far} of a dataset of {n} samples (0 to {n-1})')
+    far = [j for j in (i.min().item(), i.max().item()) if not -n<=j<n]
+    if far: raise IndexError(f'the sampler asked for index {far[0]} of {n} samples (0..{n-1})')
     return i%n
 
 # %% ../nbs/06_data.ipynb #8980acd9
 def _plain(c):
-    "Does torch read column `c` as it is? Not if sparse, masked, backwards or in other machines' order"
+    "Can torch read column `c` as it is? Not if sparse, masked, backwards or byte-swapped"
     if isinstance(c, Tensor): return c.layout==torch.strided and c.ndim>0
     if type(c) not in (np.ndarray,np.memmap) or not c.ndim: return False
     return c.dtype.kind in 'biufc' and c.dtype.isnative and min(c.strides)>=0
 
 def _gatherer(ds):
-    "A function from indices to a batch in one gather per column; None if `ds` has its own way"
+    "A function from indices to a batch in one gather per column, if `ds` allows it"
     def is_a(cls):
         ways = '__getitem__','__getitems__'
         return all(getattr(type(ds),w,None) is getattr(cls,w,None) for w in ways)
     if is_a(Subset):
         get,at = _gatherer(ds.dataset),_checked(ds.indices, len(ds.dataset))
         return get and (lambda i: get(at[i]))
-    bare = isinstance(ds, (Tensor,np.ndarray))
-    cols = [ds] if bare else [ds.x,ds.y] if is_a(Dataset) else ds.tensors if is_a(TensorDataset) else []
-    if not cols or not all(map(_plain,cols)): return
-    return lambda i: _rows(ds,i) if bare else [_rows(c,i) for c in cols]
+    if isinstance(ds, (Tensor,np.ndarray)): return _plain(ds) and (lambda i: _rows(ds,i))
+    cols = (ds.x,ds.y) if is_a(Dataset) else ds.tensors if is_a(TensorDataset) else ()
+    return cols and all(map(_plain,cols)) and (lambda i: [_rows(c,i) for c in cols])
 
 # %% ../nbs/06_data.ipynb #5a04d496
-class _End: "What a fetcher gives when a stream has no more batches"
+class _End(int): "Instead of a batch: the stream has no more (of worker number ...)"
 
 class _Fetcher:
     "From a batch of indices to a batch, by the shortest way there is"
     def __init__(self, ds, collate_fn, bs, drop_last, auto):
         store_attr()
         self.stream = self.read(iter(ds)) if isinstance(ds, IterableDataset) else None
-        # in a worker, PyTorch's collate builds the batch in shared memory; a gather would be copied there
-        gathers = auto and collate_fn in (collate,default_collate) and not tud.get_worker_info()
-        self.get = _gatherer(ds) if gathers else None
+        here = not tud.get_worker_info()     # in a worker, collate writes into shared memory
+        known = auto and collate_fn in (collate,default_collate)
+        self.get = _gatherer(ds) if here and known else None
     def read(self, it):
         while (s := next(it, _End)) is not _End: yield s
     def item(self, i):
@@ -135,24 +133,21 @@ class _Fetcher:
         except IndexError:
             if type(i) is int and hasattr(self.ds,'__len__'): _checked([i], len(self.ds))
             raise
-
-# %% ../nbs/06_data.ipynb #3bf00624
-@patch
-def __call__(self:_Fetcher, i):
-    if self.get:
-        if type(i) is range: return self.get(slice(i.start,i.stop))
-        return self.get(i if isinstance(i,Tensor) else _checked(i,len(self.ds)))
-    if self.stream:
-        samples = list(itertools.islice(self.stream, self.bs or 1))
-        if not samples or self.drop_last and len(samples)<self.bs: return _End
-    elif not self.auto: samples = [self.item(i)]
-    else:
-        i = i.tolist() if hasattr(i,'tolist') else list(i)
+    def __call__(self, i):
+        if self.get:
+            if type(i) is range: return self.get(slice(i.start,i.stop))
+            return self.get(i if isinstance(i,Tensor) else _checked(i,len(self.ds)))
+        if self.auto and not self.stream: i = i.tolist() if hasattr(i,'tolist') else list(i)
+        self.at = i
         many = getattr(self.ds, '__getitems__', None)
-        samples = many(i) if many else [self.item(j) for j in i]
-    self.at = i
-    if not self.auto: return self.collate_fn(samples[0])     # `batch_size=None`
-    return collate(samples, i) if self.collate_fn is collate else self.collate_fn(samples)
+        if self.stream:
+            samples = list(itertools.islice(self.stream, self.bs or 1))
+            if not samples or self.drop_last and len(samples)<self.bs: return _End
+        elif not self.auto: samples = [self.item(i)]     # `batch_size=None`
+        else: samples = many(i) if many else [self.item(j) for j in i]
+        self.at = i
+        if not self.auto: return self.collate_fn(samples[0])
+        return collate(samples, i) if self.collate_fn is collate else self.collate_fn(samples)
 
 # %% ../nbs/06_data.ipynb #42ffa055
 def _seed(s):
@@ -160,34 +155,34 @@ def _seed(s):
     np.random.seed(s%2**32)
     torch.manual_seed(s)
 
-class _Ended(int): "The number of a worker whose stream has no more batches"
-
 class _Tasks:
     "What PyTorch's workers take for a dataset: an item is a task, its value the batch"
-    def __init__(self, init_fn, *how): self.init_fn,self.how,self.todo,self.epoch = init_fn,how,None,0
+    def __init__(self, init_fn, how):
+        self.init_fn,self.how,self.todo = init_fn,how,None
+        self.fetch,self.epoch = None,0
     def __getstate__(self): return dict(vars(self), todo=None)
-    def __iter__(self): return self.todo                            # this is the sampler, too
+    def __iter__(self): return iter(self.todo)        # the sampler is this, too
     def start(self, w):
-        object.__setattr__(tud.get_worker_info(), 'dataset', self.how[0])     # the user's
+        object.__setattr__(tud.get_worker_info(), 'dataset', self.how[0])   # the user's
         if self.init_fn: self.init_fn(w)
     def __getitem__(self, task):
         (epoch,seed,k,idx),w = task,tud.get_worker_info().id
-        try: return self.batch(w, *task)
+        try:
+            new,self.epoch = epoch!=self.epoch,epoch
+            if new:
+                _seed(seed-1-w)                       # a stream may shuffle when it begins
+                self.fetch = _Fetcher(*self.how)
+            _seed(seed+k)
+            b = self.fetch(idx)
+            if new: pickle.dumps(tree_map_only(Tensor, type, b))   # or PyTorch waits for ever
+            return _End(w) if b is _End else b
         except Exception:
-            at = getattr(getattr(self,'fetch',None), 'at', idx)
-            err = ExceptionWrapper(where=f'in DataLoader worker process {w}, batch {k}, index {at}')
+            at = getattr(self.fetch, 'at', idx)
+            where = f'in DataLoader worker process {w}, batch {k}, index {at}'
+            err = ExceptionWrapper(where=where)
             try: pickle.dumps(err)
             except Exception: err.exc_type = RuntimeError
-            return err                                              # PyTorch raises it over there
-    def batch(self, w, epoch, seed, k, idx):
-        new,self.epoch = epoch!=self.epoch,epoch
-        if new:
-            _seed(seed-1-w)                                         # a stream may shuffle when it begins
-            self.fetch = _Fetcher(*self.how)
-        _seed(seed+k)
-        b = self.fetch(idx)
-        if new: pickle.dumps(tree_map_only(Tensor, type, b))        # or PyTorch would wait for ever
-        return _Ended(w) if b is _End else b
+            return err                                # PyTorch raises it in the main process
 
 # %% ../nbs/06_data.ipynb #62374d25
 def _gens(dl):
@@ -213,11 +208,12 @@ def _set_rng(s, dl):
     (words,gauss),(keys,*rest) = s['python'],s['numpy']
     random.setstate((3, tuple(_unhex(words,np.uint32).tolist()), gauss))
     np.random.set_state(('MT19937', _unhex(keys,np.uint32), *rest))
-    for g,h in zip(_all_gens(dl), s['torch']): g.set_state(torch.from_numpy(_unhex(h,np.uint8)))
+    for g,h in zip(_all_gens(dl), s['torch']):
+        g.set_state(torch.from_numpy(_unhex(h,np.uint8)))
 
 # %% ../nbs/06_data.ipynb #6fb1ee22
 class DataLoader(tud.DataLoader):
-    "PyTorch's `DataLoader`, in one gather per batch where it can, and going on where it was stopped"
+    "PyTorch's `DataLoader`, by one gather per batch where it can, and able to stop anywhere"
     __class_getitem__ = classmethod(GenericAlias)     # `DataLoader[T]`, in annotations
     def __init__(self,
                  dataset, # has `__getitem__` and `__len__`, or is an `IterableDataset`
@@ -232,27 +228,25 @@ class DataLoader(tud.DataLoader):
                  **kwargs): # PyTorch's further arguments, by name
         sized = not isinstance(dataset, IterableDataset) and hasattr(dataset,'__len__')
         if sized and not len(dataset): raise ValueError(f'the dataset is empty: {dataset}')
-        if isinstance(sampler, Sampler): raise ValueError('pass a `Sampler` as `batch_sampler`')
+        if isinstance(sampler, Sampler): raise ValueError('pass a Sampler as `batch_sampler`')
         super().__init__(dataset, batch_size, shuffle, sampler, batch_sampler, num_workers,
                          collate_fn, *args, **kwargs)
         if collate_fn is None and self._auto_collation: self.collate_fn = collate
         if sized and self.batch_size and sampler is None:
             batch_sampler = Sampler(dataset, batch_size, bool(shuffle), self.drop_last)
-        self._own = batch_sampler if isinstance(batch_sampler,Sampler) else None     # begins anywhere
-        self._at,self._resume = dict(batch=0, seed=-1),None      # where we are; where to go on
-        self.transform,self._pool = transform,None               # of workers that outlive an epoch
+        self._own = batch_sampler if isinstance(batch_sampler,Sampler) else None
+        self._at,self._resume = dict(batch=0, seed=-1),None     # where we are; where to go on
+        self.transform,self._pool = transform,None              # workers that outlive an epoch
     def __getstate__(self): return dict(vars(self), _pool=None)
+    def _how(self):
+        return self.dataset,self.collate_fn,self.batch_size,self.drop_last,self._auto_collation
 
 # %% ../nbs/06_data.ipynb #3e65087d
-@patch
-def _how(self:DataLoader):
-    return self.dataset, self.collate_fn, self.batch_size, self.drop_last, self._auto_collation
-
 @patch
 def _here(self:DataLoader, idxs):
     "The batches for `idxs`, fetched by this process"
     pin,fetch = self.pin_memory and torch.cuda.is_available(),_Fetcher(*self._how())
-    if self.pin_memory and not pin: warnings.warn('pin_memory=True has no effect without a GPU')
+    if self.pin_memory and not pin: warnings.warn('pin_memory=True does nothing without a GPU')
     for i in idxs:
         if (b := fetch(i)) is _End: return
         yield pin_memory(b) if pin else b
@@ -260,29 +254,30 @@ def _here(self:DataLoader, idxs):
 @patch
 def _workers(self:DataLoader, seed):
     "PyTorch's loader over tasks, with all our arguments"
-    names,tasks = inspect.signature(tud.DataLoader).parameters,_Tasks(self.worker_init_fn, *self._how())
+    names = inspect.signature(tud.DataLoader).parameters
+    tasks = _Tasks(self.worker_init_fn, self._how())
     kw = {k:getattr(self,k) for k in names if hasattr(self,k)}
-    kw |= dict(dataset=tasks, sampler=tasks, batch_size=None, batch_sampler=None, drop_last=False)
-    kw |= dict(collate_fn=noop, worker_init_fn=tasks.start)
+    kw.update(dataset=tasks, sampler=tasks, worker_init_fn=tasks.start, collate_fn=noop)
+    kw.update(batch_size=None, batch_sampler=None, drop_last=False)
     return tud.DataLoader(**kw | dict(generator=torch.Generator().manual_seed(seed)))
 
-# %% ../nbs/06_data.ipynb #d78466a5
+# %% ../nbs/06_data.ipynb #2017fdee
 @patch
 def _parallel(self:DataLoader, idxs, seed, first):
-    "The batches for `idxs`, of which the first is number `first` of its epoch, fetched by workers"
-    pool,self._pool = self._pool or self._workers(seed),None
+    "The batches for `idxs`, fetched by workers; the first is number `first` of its epoch"
+    pool,self._pool = self._workers(seed) if self._pool is None else self._pool,None
     pool.epoch,ended = getattr(pool,'epoch',0)+1,set()
-    tasks = ((pool.epoch, seed, k, i.tolist() if isinstance(i,Tensor) else i) for k,i in enumerate(idxs, first))
-    pool.dataset.todo = tasks
+    plain = (i.tolist() if isinstance(i,Tensor) else i for i in idxs)
+    pool.dataset.todo = ((pool.epoch, seed, k, i) for k,i in enumerate(plain, first))
     it = iter(pool)
     try:
         for b in it:
-            if isinstance(b, _Ended): ended.add(b)
+            if isinstance(b, _End): ended.add(b)
             else: yield b
             if len(ended)==self.num_workers: return
     finally:
-        alive = all(w.is_alive() for w in it._workers)
-        if self.persistent_workers and alive: self._pool = pool
+        keep = self.persistent_workers and all(w.is_alive() for w in it._workers)
+        if keep: self._pool = pool
         else: it._shutdown_workers()
 
 # %% ../nbs/06_data.ipynb #98ca523b
@@ -325,25 +320,25 @@ def __iter__(self:DataLoader):
     self._at = dict(batch=0, seed=-1)
 
 # %% ../nbs/06_data.ipynb #9cf77623
-def _in_words(s):
-    "A sampler and all that its order depends on"
-    known = 'bs batch_size shuffle drop_last num_samples replacement num_replicas rank seed'
-    about = [f'{k}={getattr(s,k)}' for k in known.split() if hasattr(s,k)]
-    if hasattr(s,'sampler'): about.append(_in_words(s.sampler))
-    return f'{type(s).__name__}({", ".join(about)})'
-
 @patch
 def _about(self:DataLoader):
     "What a loader must have in common with the one that a state came from"
-    stream,ds = isinstance(self.dataset, IterableDataset),self.dataset
-    return dict(samples=len(ds) if hasattr(ds,'__len__') and not stream else -1,
-                order=_in_words(self._index_sampler if self._own is None else self._own),
-                workers=self.num_workers if stream else 'any', generators=len(_gens(self)))
+    names = ('bs','batch_size','shuffle','drop_last','num_samples','replacement','num_replicas',
+             'rank','seed')
+    stream = isinstance(self.dataset, IterableDataset)
+    about = dict(generators=len(_gens(self)), workers=self.num_workers if stream else 'any')
+    if hasattr(self.dataset,'__len__') and not stream: about['samples'] = len(self.dataset)
+    s = self._index_sampler if self._own is None else self._own
+    while s is not None:     # a batch sampler, then the sampler inside
+        kind,has = type(s).__name__,[k for k in names if hasattr(s,k)]
+        about |= {kind:True} | {f'{kind}.{k}':str(getattr(s,k)) for k in has}
+        s = getattr(s,'sampler',None)
+    return about
 
 # %% ../nbs/06_data.ipynb #c1622cb1
 @patch
 def state_dict(self:DataLoader)->dict: # numbers and strings, as many for any size of dataset
-    "All that it takes to go on after the last batch handed out, whatever workers have prefetched"
+    "All that it takes to go on after the last batch handed out, whatever workers have in hand"
     if self._at['batch'] and self.num_workers and not getattr(self,'in_order',True):
         raise ValueError('nobody knows which batches are still to come: use in_order=True')
     return dict(self._at, **self._about(), rng=_get_rng(self))
@@ -351,13 +346,13 @@ def state_dict(self:DataLoader)->dict: # numbers and strings, as many for any si
 @patch
 def load_state_dict(self:DataLoader,
                     state:dict): # from `state_dict` of a loader built in the same way
-    "Go on where `state` was taken: the next loop over this loader gives the rest of that epoch"
+    "Go on where `state` was taken: the next loop over this loader is the rest of that epoch"
     if not isinstance(state, dict) or not {'batch','seed','rng'}<={*state}:
         raise ValueError(f'not the state of a DataLoader: {str(state)[:80]}')
     for k,v in self._about().items():
         if state.get(k)!=v:
-            raise ValueError(f'this state is from a loader with {k} = {state.get(k)!r}, here it is {v!r}: '
-                'build the loader as it was, or begin a new epoch without loading')
+            raise ValueError(f'the state has {k} = {state.get(k)}, here it is {v}: build the '
+                             'loader as it was, or begin a new epoch without loading')
     self._at = {k:state[k] for k in ('batch','seed','before') if k in state}
     self._resume = dict(self._at) if self._at['seed']>=0 else None
     _set_rng(state['rng'], self)
@@ -373,11 +368,13 @@ def get_dls(train_ds, # dataset to train on, shuffled
     cuda = device is not None and torch.device(device).type=='cuda'
     def dl(ds, bs, transform=None, **kw):
         if device is None: return DataLoader(ds, bs, transform=transform, **kw)
-        cols = (ds.x,ds.y) if type(ds) is Dataset else ds.tensors if type(ds) is TensorDataset else ()
+        known = type(ds) in (Dataset,TensorDataset) and not kw.get('num_workers')
+        cols = (ds.x,ds.y) if type(ds) is Dataset else ds.tensors if known else ()
         room = torch.cuda.mem_get_info(device)[0]/2 if cuda else float('inf')
-        whole = cols and all(isinstance(c,Tensor) for c in cols) and sum(c.nbytes for c in cols)<room
-        if whole and not kw.get('num_workers'):
-            return DataLoader(type(ds)(*(c.to(device) for c in cols)), bs, transform=transform, **kw)
+        tensors = known and all(isinstance(c,Tensor) for c in cols)
+        if tensors and sum(c.nbytes for c in cols)<room:
+            ds = type(ds)(*(c.to(device) for c in cols))
+            return DataLoader(ds, bs, transform=transform, **kw)
         def move(b):
             b = tree_map_only(Tensor, lambda t: t.to(device, non_blocking=True), b)
             return transform(b) if transform else b
@@ -386,9 +383,9 @@ def get_dls(train_ds, # dataset to train on, shuffled
     valid_kw = {k:v for k,v in kwargs.items() if k not in ('shuffle','drop_last','sampler')}
     return dl(train_ds, bs, **train_kw), dl(valid_ds, 2*bs, **valid_kw)
 
-# %% ../nbs/06_data.ipynb #f32cb303
+# %% ../nbs/06_data.ipynb #3a6141bb
 class DataModule:
-    "The splits 'train', 'valid' (a sixth, held out) and 'test' of a data set, and loaders over them"
+    "The splits 'train', 'valid' (a sixth of it, held out) and 'test' of a data set, by name"
     def __init__(self,
                  name:str=None, # 'mnist', 'kmnist' or 'digits'; None: MNIST if it is to be had
                  path=None): # a folder to look in first
@@ -399,7 +396,8 @@ class DataModule:
         if self.splits: return self
         x,y,*test = get_data(self.name, self.path, n_valid=0)
         n = len(x)-len(x)//6
-        self.splits = dict(train=Dataset(x[:n],y[:n]), valid=Dataset(x[n:],y[n:]), test=Dataset(*test))
+        parts = dict(train=(x[:n],y[:n]), valid=(x[n:],y[n:]), test=test)
+        self.splits = {name:Dataset(*xy) for name,xy in parts.items()}
         return self
     def __getitem__(self, split):
         if split in (splits := self.prepare().splits): return splits[split]
