@@ -115,6 +115,8 @@ def _gatherer(ds):
     return cols and all(map(_plain,cols)) and (lambda i: [_rows(c,i) for c in cols])
 
 # %% ../nbs/06_data.ipynb #5a04d496
+def _listed(i): return i.tolist() if isinstance(i,Tensor) else i
+
 class _End(int): "Instead of a batch: the stream has no more (of worker number ...)"
 
 class _Fetcher:
@@ -137,7 +139,7 @@ class _Fetcher:
         if self.get:
             if type(i) is range: return self.get(slice(i.start,i.stop))
             return self.get(i if isinstance(i,Tensor) else _checked(i,len(self.ds)))
-        if self.auto and not self.stream: i = i.tolist() if hasattr(i,'tolist') else list(i)
+        if self.auto and not self.stream: i = list(_listed(i))
         self.at = i
         many = getattr(self.ds, '__getitems__', None)
         if self.stream:
@@ -261,14 +263,14 @@ def _workers(self:DataLoader, seed):
     kw.update(batch_size=None, batch_sampler=None, drop_last=False)
     return tud.DataLoader(**kw | dict(generator=torch.Generator().manual_seed(seed)))
 
-# %% ../nbs/06_data.ipynb #2017fdee
+# %% ../nbs/06_data.ipynb #168e9dac
 @patch
 def _parallel(self:DataLoader, idxs, seed, first):
     "The batches for `idxs`, fetched by workers; the first is number `first` of its epoch"
     pool,self._pool = self._workers(seed) if self._pool is None else self._pool,None
     pool.epoch,ended = getattr(pool,'epoch',0)+1,set()
-    plain = (i.tolist() if isinstance(i,Tensor) else i for i in idxs)
-    pool.dataset.todo = ((pool.epoch, seed, k, i) for k,i in enumerate(plain, first))
+    tasks = enumerate(map(_listed, idxs), first)
+    pool.dataset.todo = ((pool.epoch, seed, k, i) for k,i in tasks)
     it = iter(pool)
     try:
         for b in it:
@@ -296,7 +298,7 @@ def _batches(self:DataLoader, at):
     else:
         now = _get_rng(None)
         _set_rng(at['before'], self)
-        idxs = itertools.repeat(None) if stream else iter(self._index_sampler)
+        idxs = itertools.repeat(None) if stream else map(_listed, self._index_sampler)
         if not stream: skip(idxs)
     first = 0 if stream else done
     source = self._parallel(idxs, seed, first) if self.num_workers else self._here(idxs)
@@ -323,8 +325,8 @@ def __iter__(self:DataLoader):
 @patch
 def _about(self:DataLoader):
     "What a loader must have in common with the one that a state came from"
-    names = ('bs','batch_size','shuffle','drop_last','num_samples','replacement','num_replicas',
-             'rank','seed')
+    names = ('bs','batch_size','shuffle','drop_last',
+             'num_samples','replacement','num_replicas','rank','seed')
     stream = isinstance(self.dataset, IterableDataset)
     about = dict(generators=len(_gens(self)), workers=self.num_workers if stream else 'any')
     if hasattr(self.dataset,'__len__') and not stream: about['samples'] = len(self.dataset)
