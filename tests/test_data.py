@@ -388,10 +388,10 @@ def test_all_keywords_of_pytorch():
 def test_out_of_order():
     if not hasattr(DataLoader(ds(4)), 'in_order'): pytest.skip('from torch 2.6 on')
     go = multiprocessing.get_context('fork').Event()
-    d = Items(12, lambda i: (go.wait(30) if i==0 else go.set() if i==7 else None, i)[1])     # 0 waits for 7
+    d = Items(40, lambda i: (go.wait(30) if i==0 else go.set() if i==39 else None, i)[1])     # 0 waits for 39
     dl = DataLoader(d, 2, num_workers=2, in_order=False)
     seen = sum(numbers(dl), [])
-    assert seen[:2]!=[0,1] and sorted(seen)==list(range(12))
+    assert seen[:2]!=[0,1] and sorted(seen)==list(range(40))
     assert sorted(torch.cat(list(DataLoader(Stream(30), 4, num_workers=2, in_order=False))).tolist())==sorted(
            torch.cat(list(tud.DataLoader(Stream(30), 4, num_workers=2))).tolist())
     next(iter(dl))
@@ -462,7 +462,8 @@ def test_killed_workers():
             it = iter(DataLoader(d, 2, num_workers=2)); next(it)
             procs = sorted(multiprocessing.active_children(), key=lambda p: p.pid)
             start = time.monotonic()
-            with pytest.raises(RuntimeError, match=rf'worker.*{procs[victim].pid}'):
+            broken = (RuntimeError,OSError,EOFError)      # the last two if it died while it sent a tensor
+            with pytest.raises(broken, match=rf'worker.*{procs[victim].pid}|[Cc]onnection|^$|roken|No such'):
                 procs[victim].kill()
                 for b in it: pass
             if d is not waits: assert time.monotonic()<start+5
