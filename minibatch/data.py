@@ -9,6 +9,8 @@ __all__ = ['Dataset', 'Sampler', 'collate', 'DataLoader', 'get_dls', 'DataModule
 import inspect, itertools, mmap, pickle, random, warnings
 import numpy as np, numpy.random, torch, torch.utils.data as tud
 from collections import deque
+from collections.abc import Iterator
+from copy import deepcopy
 from types import GenericAlias
 from torch import Tensor
 from torch._utils import ExceptionWrapper
@@ -187,31 +189,51 @@ class _Tasks:
             return err                                # PyTorch raises it in the main process
 
 # %% ../nbs/06_data.ipynb #62374d25
-def _gens(dl):
-    "The generators of a loader and its samplers"
+def _owners(dl):
+    "The dataset and the samplers of a loader"
     bs = getattr(dl,'batch_sampler',None)
-    owners = dl, getattr(dl,'sampler',None), bs, getattr(bs,'sampler',None)
-    gens = [getattr(o,'generator',None) for o in owners]
-    return [g for g in gens if isinstance(g, torch.Generator)]
+    all_ = getattr(dl,'dataset',None), getattr(dl,'sampler',None), bs, getattr(bs,'sampler',None)
+    return [o for i,o in enumerate(all_) if not any(o is p for p in all_[:i])]
 
-def _all_gens(dl): return [torch.default_generator, *_gens(dl), *torch.cuda.default_generators]
-def _hex(a): return np.asarray(a).tobytes().hex()
-def _unhex(s, dtype): return np.frombuffer(bytearray.fromhex(s), dtype)
+_kinds = torch.Generator, random.Random, np.random.Generator, np.random.RandomState
+
+def _gens(*owners):
+    "The random generators that are attributes of `owners`"
+    vals = [v for o in owners for v in getattr(o,'__dict__',{}).values()]
+    return [*dict.fromkeys(v for v in vals if isinstance(v, _kinds))]
+
+def _parts(*owners): return [o for o in owners if hasattr(o,'load_state_dict')]
 
 # %% ../nbs/06_data.ipynb #e61f5985
+def _read(g):
+    if isinstance(g, torch.Generator): return g.get_state().numpy().tobytes().hex()
+    if hasattr(g,'getstate'):                   # Python's
+        version,words,gauss = g.getstate()
+        return [version, [*words], gauss]
+    if hasattr(g,'get_state'):                  # NumPy's global one, and its older kind
+        name,words,*rest = g.get_state()
+        return [name, words.tolist(), *rest]
+    return tree_map_only(np.ndarray, np.ndarray.tolist, g.bit_generator.state)
+
+def _write(g, s):
+    if isinstance(g, torch.Generator):
+        g.set_state(torch.frombuffer(bytearray.fromhex(s), dtype=torch.uint8))
+    elif hasattr(g,'setstate'): g.setstate((s[0], tuple(s[1]), s[2]))
+    elif hasattr(g,'set_state'): g.set_state(tuple(s))
+    else: g.bit_generator.state = s
+
+def _all_gens(dl):
+    ours = torch.default_generator, *torch.cuda.default_generators, random, np.random
+    return [*ours, *_gens(dl, *_owners(dl))]
+
 def _get_rng(dl):
-    "The states of all random generators, as strings and numbers"
-    _,words,gauss = random.getstate()
-    _,keys,*rest = np.random.get_state()
-    return dict(torch=[_hex(g.get_state()) for g in _all_gens(dl)],
-                python=[_hex(np.uint32(words)), gauss], numpy=[_hex(keys), *rest])
+    "The states of all random generators, and what dataset and samplers give as theirs"
+    states = [o.state_dict() for o in _parts(*_owners(dl))]
+    return dict(gens=[*map(_read, _all_gens(dl))], parts=deepcopy(states))
 
 def _set_rng(s, dl):
-    (words,gauss),(keys,*rest) = s['python'],s['numpy']
-    random.setstate((3, tuple(_unhex(words,np.uint32).tolist()), gauss))
-    np.random.set_state(('MT19937', _unhex(keys,np.uint32), *rest))
-    for g,h in zip(_all_gens(dl), s['torch']):
-        g.set_state(torch.from_numpy(_unhex(h,np.uint8)))
+    for g,state in zip(_all_gens(dl), s['gens']): _write(g, state)
+    for o,state in zip(_parts(*_owners(dl)), s['parts']): o.load_state_dict(deepcopy(state))
 
 # %% ../nbs/06_data.ipynb #6fb1ee22
 class DataLoader(tud.DataLoader):
@@ -290,21 +312,38 @@ def _begin(self:DataLoader):
     return at if self._own is not None else dict(at, before=_get_rng(self))
 
 @patch
+def _replay(self:DataLoader, at, parts):
+    "The index batches still to come from a foreign sampler, each with the states after it"
+    def walk():
+        for i in map(_listed, self._index_sampler):
+            yield i, [deepcopy(o.state_dict()) for o in parts]
+    todo,last = walk(),None
+    for last,_ in itertools.islice(todo, at['batch']): pass
+    if parts and at['batch'] and last!=at['last']:      # it goes on from a loaded state
+        _set_rng(at['before'], self)
+        for o,s in zip(parts, at['states']): o.load_state_dict(deepcopy(s))
+        todo = walk()
+    return todo
+
+# %% ../nbs/06_data.ipynb #40c4c7d3
+@patch
 def _batches(self:DataLoader, at):
-    "The batches of an epoch from where it stands, before `transform`"
-    done,seed,stream = at['batch'],at['seed'],isinstance(self.dataset, IterableDataset)
-    def skip(it): deque(itertools.islice(it, done), 0)
-    if self._own is not None: idxs = self._own.epoch(seed, done)
+    "The batches of an epoch from where it stands, and notes on the states of samplers"
+    resumed,stream = at.pop('now',None),isinstance(self.dataset, IterableDataset)
+    kept = _parts(self.dataset) if resumed else []
+    parts,notes = _parts(*_owners(self)[1:]),deque()
+    if self._own is not None: idxs = self._own.epoch(at['seed'], at['batch'])
     else:
         now = _get_rng(None)
-        _set_rng(at['before'], self)
-        idxs = itertools.repeat(None) if stream else map(_listed, self._index_sampler)
-        if not stream: skip(idxs)
-    first = 0 if stream else done
-    source = self._parallel(idxs, seed, first) if self.num_workers else self._here(idxs)
-    if stream: skip(source)
-    if done and self._own is None: _set_rng(now, None)
-    return source
+        if resumed: _set_rng(at['before'], self)
+        todo = itertools.repeat((None,[])) if stream else self._replay(at, parts)
+        idxs = (notes.append((i,s)) or i for i,s in todo) if parts else (i for i,_ in todo)
+    for o in kept: o.load_state_dict(deepcopy(resumed['parts'][0]))
+    first = 0 if stream else at['batch']
+    source = self._parallel(idxs, at['seed'], first) if self.num_workers else self._here(idxs)
+    if stream and not kept: deque(itertools.islice(source, at['batch']), 0)
+    if at['batch'] and self._own is None: _set_rng(now, None)
+    return source,notes
 
 # %% ../nbs/06_data.ipynb #a5efc7a0
 @patch
@@ -314,9 +353,11 @@ def __iter__(self:DataLoader):
         raise AssertionError('`timeout` is for workers: it needs num_workers > 0')
     at,self._resume = self._resume or self._begin(),None
     self._at = at
-    for b in self._batches(at):
+    source,notes = self._batches(at)
+    for b in source:
         if self.transform: b = self.transform(b)
         at['batch'] += 1
+        if notes: at['last'],at['states'] = notes.popleft()
         self._at = at     # the state is that of the iterator which moved last
         yield b
     self._at = dict(batch=0, seed=-1)
@@ -328,7 +369,8 @@ def _about(self:DataLoader):
     names = ('bs','batch_size','shuffle','drop_last',
              'num_samples','replacement','num_replicas','rank','seed')
     stream = isinstance(self.dataset, IterableDataset)
-    about = dict(generators=len(_gens(self)), workers=self.num_workers if stream else 'any')
+    about = dict(generators=len(_gens(self, *_owners(self))), parts=len(_parts(*_owners(self))),
+                 workers=self.num_workers if stream else 'any')
     if hasattr(self.dataset,'__len__') and not stream: about['samples'] = len(self.dataset)
     s = self._index_sampler if self._own is None else self._own
     while s is not None:     # a batch sampler, then the sampler inside
@@ -339,11 +381,22 @@ def _about(self:DataLoader):
 
 # %% ../nbs/06_data.ipynb #c1622cb1
 @patch
+def _unknown(self:DataLoader):
+    "Why an epoch that stands here could not go on exactly; None if it could"
+    mid,ds = self._at['batch']>0,self.dataset
+    if self.num_workers and (mid or self.persistent_workers) and (_parts(ds) or _gens(ds)):
+        return 'the state of the dataset is in the workers: use num_workers=0'
+    if mid and self.num_workers and not getattr(self,'in_order',True):
+        return 'nobody knows which batches are still to come: use in_order=True'
+    if mid and any(isinstance(o,Iterator) and type(o).__module__ in ('builtins','itertools')
+                   for o in _owners(self)[1:]):
+        return 'the sampler can be walked only once: make it a class with `__iter__`, or a list'
+
+@patch
 def state_dict(self:DataLoader)->dict: # numbers and strings, as many for any size of dataset
     "All that it takes to go on after the last batch handed out, whatever workers have in hand"
-    if self._at['batch'] and self.num_workers and not getattr(self,'in_order',True):
-        raise ValueError('nobody knows which batches are still to come: use in_order=True')
-    return dict(self._at, **self._about(), rng=_get_rng(self))
+    if why := self._unknown(): raise ValueError(f'no state to go on from: {why}')
+    return deepcopy(dict(self._at, **self._about(), rng=_get_rng(self)))
 
 @patch
 def load_state_dict(self:DataLoader,
@@ -355,8 +408,9 @@ def load_state_dict(self:DataLoader,
         if state.get(k)!=v:
             raise ValueError(f'the state has {k} = {state.get(k)}, here it is {v}: build the '
                              'loader as it was, or begin a new epoch without loading')
-    self._at = {k:state[k] for k in ('batch','seed','before') if k in state}
-    self._resume = dict(self._at) if self._at['seed']>=0 else None
+    place = 'batch','seed','before','last','states'
+    self._at = {k:state[k] for k in place if k in state}
+    self._resume = dict(self._at, now=state['rng']) if self._at['seed']>=0 else None
     _set_rng(state['rng'], self)
 
 # %% ../nbs/06_data.ipynb #672be04d
