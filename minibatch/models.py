@@ -38,7 +38,8 @@ class DummyModule:
         super().__delattr__(k)
     def __call__(self, *args): return self.forward(*args)
     def __repr__(self):
-        kids = ''.join(f'\n({k}): {m!r}' for k,m in self._modules.items()).replace('\n', '\n  ')
+        kids = ''.join(f'\n({k}): {m!r}' for k,m in self.named_children())
+        kids = kids.replace('\n', '\n  ')
         return f'{type(self).__name__}({kids}' + ('\n)' if kids else ')')
     def named_children(self): return iter(self._modules.items())
     def parameters(self): # each once, even if two layers share it
