@@ -15,25 +15,25 @@ def lin(x:Tensor, # inputs, shape (n, n_in)
         b:Tensor  # bias, shape (n_out,)
        )->Tensor: # outputs, shape (n, n_out)
     "A linear layer for a batch: every output is a weighted sum of all inputs, plus its bias"
-    if x.ndim!=2 or w.ndim!=2 or x.shape[1]!=w.shape[0] or b.shape!=w.shape[1:]:
-        raise ValueError(f'lin: x {tuple(x.shape)}, w {tuple(w.shape)} and b {tuple(b.shape)} do not fit: '
-                         'expected (n, n_in), (n_in, n_out) and (n_out,); a single image needs `x[None]`')
-    return x@w + b
+    if x.shape[1:]!=w.shape[:1] or b.shape!=w.shape[1:]:
+        raise ValueError(f'lin: x {tuple(x.shape)}, w {tuple(w.shape)}, b {tuple(b.shape)}: '
+                         'expected (n, n_in), (n_in, n_out), (n_out,); one image: `x[None]`')
+    return torch.addmm(b, x, w)
 
 # %% ../nbs/01_backprop.ipynb #ad3a1acf
 def relu(x:Tensor # any shape
         )->Tensor: # same shape, negative entries set to 0
     "Rectified linear unit: keeps what is positive"
-    return x.clamp_min(0.)
+    return x.relu()
 
 # %% ../nbs/01_backprop.ipynb #0f5fa043
 def _diff(output, targ): # used by the loss and by its gradient
-    if not output.is_floating_point() or not output.numel() or (output.shape!=targ.shape and output.shape!=(*targ.shape,1)):
-        raise ValueError(f'mse: output {tuple(output.shape)} of {output.dtype} and targ {tuple(targ.shape)} do not fit: '
-                         'expected floats, and the same shape, or (n, 1) and (n,), with n at least 1')
-    return output - targ.reshape(output.shape).to(output.dtype)
+    if output.shape not in (targ.shape, (*targ.shape,1)):
+        raise ValueError(f'mse: output {tuple(output.shape)} and targ {tuple(targ.shape)} '
+                         'do not fit: expected the same shape, or (n, 1) and (n,)')
+    return output - targ.reshape(output.shape)
 
-def mse(output:Tensor, # predictions, shape (n, n_out)
+def mse(output:Tensor, # predictions, floats of shape (n, n_out)
         targ:Tensor # what they should be: the same shape, or (n,) where `output` is (n, 1)
        )->Tensor: # the loss, one number (shape ())
     "Mean squared error over all entries"
@@ -45,7 +45,7 @@ def lin_grad(inp:Tensor, # the layer's inputs, shape (n, n_in); gets `.g`
              w:Tensor, # weights, shape (n_in, n_out); gets `.g`
              b:Tensor  # bias, shape (n_out,); gets `.g`
             ):
-    "Gradients of a linear layer from that of its output: stored as `.g`, on the tensors themselves"
+    "Gradients of a linear layer from that of its output, stored on the tensors as `.g`"
     inp.g = out.g @ w.t()
     w.g = inp.t() @ out.g
     b.g = out.g.sum(0)
@@ -55,7 +55,7 @@ def forward_and_backward(inp:Tensor, # a batch, shape (n, n_in)
                          targ:Tensor, # targets, shape (n, n_out), or (n,) for one output
                          w1:Tensor, b1:Tensor, # first layer, shapes (n_in, nh) and (nh,)
                          w2:Tensor, b2:Tensor  # second layer, shapes (nh, n_out) and (n_out,)
-                        )->Tensor: # the loss; gradients are in `.g` of the inputs and the four parameters
+                        )->Tensor: # the loss; inputs and parameters now have a `.g`
     "Loss of a two-layer net, and the gradient of everything that went in"
     l1 = lin(inp, w1, b1)
     l2 = relu(l1)
@@ -69,24 +69,19 @@ def forward_and_backward(inp:Tensor, # a batch, shape (n, n_in)
 
 # %% ../nbs/01_backprop.ipynb #ec0857bb
 class Module:
-    "A step of a net: a call runs `forward` and remembers both ends, `backward` stores (not adds) the gradients of its inputs as `.g`"
-    def __call__(self,
-                 *args:Tensor # what `forward` takes
-                )->Tensor: # what `forward` returns
+    "A step of a net: a call remembers both ends, `backward` puts `.g` on what went in"
+    def __call__(self, *args): # what `forward` takes
         "Run `forward`, and remember what went in and came out"
         self.out = self.forward(*args)
         self.args = args
         return self.out
     def backward(self):
-        "Store the gradients of the last call's inputs, from that of its output (a loss, one number and the end of the net, needs none)"
-        name = type(self).__name__
-        if not hasattr(self,'args'): raise RuntimeError(f'{name}.backward() before its forward: call the module on a batch first')
-        if self.out.ndim and not hasattr(self.out,'g'):
-            raise RuntimeError(f'{name}.backward(): its output, shape {tuple(self.out.shape)}, has no gradient `.g` yet: '
-                               'call backward of what follows it first, beginning with the loss')
+        "Store (not add) the gradients of the last call's inputs, from that of its output"
+        ready = hasattr(self,'out') and (self.out.ndim==0 or hasattr(self.out,'g'))
+        if not ready:
+            raise RuntimeError(f'{type(self).__name__}.backward(): call it on a batch first, '
+                               'then backward of what follows, beginning with the loss')
         self.bwd(self.out, *self.args)
-    def forward(self, *args): raise NotImplementedError(f'{type(self).__name__} needs a method `forward(self, *args)`')
-    def bwd(self, out, *args): raise NotImplementedError(f'{type(self).__name__} needs a method `bwd(self, out, *args)`')
 
 # %% ../nbs/01_backprop.ipynb #e6a75cb7
 class Lin(Module):
@@ -94,7 +89,7 @@ class Lin(Module):
     def __init__(self,
                  w:Tensor, # weights, shape (n_in, n_out)
                  b:Tensor, # bias, shape (n_out,)
-                 inp_g:bool=True # store the gradient of the input too? A net's first layer can do without
+                 inp_g:bool=True # store the input's gradient? A first layer can do without
                 ): self.w,self.b,self.inp_g = w,b,inp_g
     def forward(self, inp): return lin(inp, self.w, self.b)
     def bwd(self, out, inp):
@@ -108,7 +103,6 @@ class Relu(Module):
     def forward(self, inp): return relu(inp)
     def bwd(self, out, inp): inp.g = out.g*out.sign()
 
-# %% ../nbs/01_backprop.ipynb #c06c20d2
 class Mse(Module):
     "Mean squared error, as a loss"
     def forward(self, inp, targ):
@@ -123,42 +117,30 @@ class Model:
                  layers:list, # `Module`s, called in this order; each object once
                  loss:Module # called as `loss(preds, targ)`, gives one number
                 ):
-        if len({*map(id,layers)})<len(layers):
-            raise ValueError('Model: one module stands in `layers` twice, but remembers one call only: make another one')
+        if len(set(layers))<len(layers):
+            raise ValueError('Model: a module is there twice, but remembers one call')
         self.layers,self.loss = layers,loss
-    def forward(self,
-                x:Tensor # a batch, shape (n, n_in)
-               )->Tensor: # predictions, shape (n, n_out)
+    def forward(self, x:Tensor)->Tensor: # shapes (n, n_in) and (n, n_out)
         "Predictions of the layers"
         for l in self.layers: x = l(x)
         return x
-    def __call__(self,
-                 x:Tensor, # a batch, shape (n, n_in)
-                 targ:Tensor # targets, as the loss wants them
-                )->Tensor: # the loss, one number
-        "The loss of a batch"
+    def __call__(self, x:Tensor, targ:Tensor)->Tensor: # targets as the loss wants them
+        "The loss of a batch, one number"
         return self.loss(self.forward(x), targ)
     def backward(self):
-        "Gradients of the last batch's loss: in `.g` of every parameter, and of every layer's output"
+        "Gradients of the last loss: in `.g` of every parameter, and of every layer's output"
         for l in [self.loss, *reversed(self.layers)]: l.backward()
 
 # %% ../nbs/01_backprop.ipynb #6eb5dd2e
 class CrossEntropy(Module):
     "Minus the log of the right class's softmax, averaged over the batch"
     def forward(self, inp, targ):
-        if inp.ndim!=2 or targ.shape!=inp.shape[:1] or not len(inp):
-            raise ValueError(f'CrossEntropy: logits {tuple(inp.shape)} and targets {tuple(targ.shape)} do not fit: '
-                             'expected (n, n_out) and (n,), with n at least 1')
-        if targ.is_floating_point() or targ.is_complex() or targ.dtype==torch.bool or not inp.is_floating_point():
-            raise ValueError(f'CrossEntropy: logits of {inp.dtype}, targets {tuple(targ.shape)} of {targ.dtype}: '
-                             'expected floats, and class numbers as in `targ.long()`')
-        targ = targ.long()
-        lo,hi = map(int, targ.aminmax())
-        if lo<0 or hi>=inp.shape[1]:
-            raise IndexError(f'CrossEntropy: target {lo if lo<0 else hi} with logits {tuple(inp.shape)}: expected 0 to {inp.shape[1]-1}')
-        self.t = targ.unsqueeze(1)          # shape (n, 1), as gather and scatter_ want it
-        z = inp - inp.amax(1, keepdim=True)
-        self.e = z.exp()
-        self.s = self.e.sum(1, keepdim=True)
-        return (self.s.log() - z.gather(1,self.t)).mean()
-    def bwd(self, out, inp, targ): inp.g = (self.e/self.s).scatter_(1, self.t, -1., reduce='add').div_(len(inp))
+        if targ.shape!=inp.shape[:1] or targ.is_floating_point():
+            raise ValueError(f'CrossEntropy: targets {tuple(targ.shape)} of {targ.dtype}: '
+                             f'expected a class number for each row of {tuple(inp.shape)}')
+        t,logp = targ.long()[:,None],inp.log_softmax(1)   # shapes (n, 1) and (n, n_out)
+        loss = -logp.gather(1,t).mean()
+        self.t,self.logp = t,logp
+        return loss
+    def bwd(self, out, inp, targ): # softmax minus one-hot
+        inp.g = self.logp.exp().scatter_(1, self.t, -1., reduce='add').div_(len(inp))

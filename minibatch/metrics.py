@@ -11,14 +11,14 @@ from torch import Tensor
 
 # %% ../nbs/03_loop.ipynb #f35e8ccb
 def accuracy(out:Tensor, # scores, shape (n, n_classes)
-             yb:Tensor # labels, shape (n,), integers of any width in [0,n_classes); any other counts as wrong
-            )->Tensor: # the share of rows whose largest score is at the label: 0-d float32, `nan` if there are no rows
+             yb:Tensor # labels, shape (n,), integers; outside [0,n_classes) counts as wrong
+            )->Tensor: # 0-d float32, `nan` if there are no rows
     "Share of the rows of `out` whose largest score is at the label"
-    if out.shape[:-1]!=yb.shape: raise ValueError(f'scores of shape {tuple(out.shape)} need labels of shape {tuple(out.shape[:-1])}, '
-                                                  f'one per row; got labels of shape {tuple(yb.shape)}')
-    if out.shape[-1:].numel()<2: raise ValueError(f'accuracy needs scores of at least 2 classes; got scores of shape {tuple(out.shape)}')
-    if yb.is_floating_point() or yb.is_complex():
-        raise ValueError(f'labels must be integers, such as int64; got {yb.dtype}, the first are {yb[:4].tolist()}')
+    if out.shape[:-1]!=yb.shape:
+        raise ValueError(f'scores of shape {tuple(out.shape)} need labels of shape '
+                         f'{tuple(out.shape[:-1])}, one per row; got {tuple(yb.shape)}')
+    if out.shape[-1]<2: raise ValueError(f'need at least 2 classes; got {tuple(out.shape)}')
+    if yb.is_floating_point(): raise ValueError(f'labels must be integers; got {yb.dtype}')
     best,idx = out.max(-1)
     return ((idx==yb.long()) & ~best.isnan()).float().mean()
 
@@ -28,4 +28,5 @@ def report(loss:Tensor, # a loss, 0-d tensor or number
            yb:Tensor # labels, shape (n,)
           )->None: # nothing: the line is printed
     "Print the loss and the accuracy of a batch in one line"
-    print(f'loss {torch.as_tensor(loss).item():.3f}, accuracy {accuracy(preds, yb).item():.3f}')
+    loss,acc = torch.as_tensor(loss),accuracy(preds, yb)
+    print(f'loss {loss.item():.3f}, accuracy {acc.item():.3f}')

@@ -13,16 +13,14 @@ from fastcore.basics import patch
 
 # %% ../nbs/04_models.ipynb #293ac892
 class ListModel(nn.Module):
-    "Layers in a plain list: it computes, but `parameters()`, `to()` and `state_dict()` see none of them"
+    "Layers in a plain list: it computes, but `parameters`, `to` and `state_dict` see none"
     def __init__(self,
                  layers # modules or functions, called one after the other
                 ):
         super().__init__()
         self.layers = list(layers)
 
-    def forward(self,
-                x:Tensor # what the first layer takes
-               )->Tensor: # what the last layer returns
+    def forward(self, x:Tensor)->Tensor: # what the last layer returns
         "Call each layer on the output of the one before"
         for l in self.layers: x = l(x)
         return x
@@ -32,18 +30,20 @@ class DummyModule:
     "How `nn.Module` notices its layers: setting an attribute to a module registers it"
     def __init__(self): super().__setattr__('_modules', {})
     def __setattr__(self, k, v):
-        if '_modules' not in vars(self): raise AttributeError(f'{type(self).__name__}: call super().__init__() before setting {k!r}')
         if isinstance(v, (nn.Module,DummyModule)): self._modules[k] = v
         else: self._modules.pop(k, None)    # replaced by something else: a layer no more
         super().__setattr__(k, v)
-    def __delattr__(self, k): self._modules.pop(k, None); super().__delattr__(k)
+    def __delattr__(self, k):
+        self._modules.pop(k, None)
+        super().__delattr__(k)
     def __call__(self, *args): return self.forward(*args)
     def __repr__(self):
-        kids = ''.join(f'\n({k}): {m!r}' for k,m in self.named_children()).replace('\n', '\n  ')
+        kids = ''.join(f'\n({k}): {m!r}' for k,m in self.named_children())
+        kids = kids.replace('\n', '\n  ')
         return f'{type(self).__name__}({kids}' + ('\n)' if kids else ')')
     def named_children(self): return iter(self._modules.items())
     def parameters(self): # each once, even if two layers share it
-        return iter(dict.fromkeys(p for _,m in self.named_children() for p in m.parameters()))
+        return iter(dict.fromkeys(p for m in self._modules.values() for p in m.parameters()))
 
 # %% ../nbs/04_models.ipynb #fd5854c1
 @patch
@@ -57,15 +57,18 @@ def to(self:DummyModule,
 @patch
 def state_dict(self:DummyModule)->dict: # parameters and buffers by name, such as 'l1.weight'
     "All that has to be saved"
-    return {f'{k}.{name}': t for k,m in self.named_children() for name,t in m.state_dict().items()}
+    kids = {k: m.state_dict() for k,m in self.named_children()}
+    return {f'{k}.{name}': t for k,sd in kids.items() for name,t in sd.items()}
 
 @patch
 def load_state_dict(self:DummyModule,
                     sd:dict # as `state_dict` returns it; the same names, no more and no fewer
                    ):
     "Copy saved values into the layers"
-    if sd.keys()!=self.state_dict().keys(): raise KeyError(f'expected the names {list(self.state_dict())}; got {list(sd)}')
-    for k,m in self.named_children(): m.load_state_dict({n.removeprefix(f'{k}.'): t for n,t in sd.items() if n.startswith(f'{k}.')})
+    names = list(self.state_dict())
+    if set(names)!=set(sd): raise KeyError(f'expected the names {names}; got {list(sd)}')
+    for k,m in self.named_children():
+        m.load_state_dict({n[len(k)+1:]: t for n,t in sd.items() if n.startswith(f'{k}.')})
 
 # %% ../nbs/04_models.ipynb #03140587
 class RegisteredModel(nn.Module):
@@ -76,18 +79,14 @@ class RegisteredModel(nn.Module):
         super().__init__()
         for i,l in enumerate(layers): self.add_module(str(i), l)
 
-    def forward(self,
-                x:Tensor # what the first layer takes
-               )->Tensor: # what the last layer returns
+    def forward(self, x:Tensor)->Tensor: # what the last layer returns
         "Call each layer on the output of the one before"
         return reduce(lambda val,l: l(val), self._modules.values(), x)
 
 # %% ../nbs/04_models.ipynb #4d1a261b
 class SequentialModel(nn.ModuleList):
     "A list of modules, called one after the other: `nn.ModuleList` with a `forward`"
-    def forward(self,
-                x:Tensor # what the first layer takes
-               )->Tensor: # what the last layer returns
+    def forward(self, x:Tensor)->Tensor: # what the last layer returns
         "Call each layer on the output of the one before"
         for l in self: x = l(x)
         return x
@@ -102,13 +101,13 @@ def mlp(n_in:int, # numbers per input: 784 for a 28×28 image
 
 # %% ../nbs/04_models.ipynb #69ed1cae
 def cnn(n_out:int # classes
-       )->nn.Sequential: # takes images (n,784), (n,28,28) or (n,1,28,28), gives scores (n, n_out)
-    "Two convolutions and two dense layers: the simple CNN of the KMNIST benchmark, for 28×28 images"
+       )->nn.Sequential: # images (n,784), (n,28,28) or (n,1,28,28) to scores (n, n_out)
+    "Two convolutions, two dense layers: the simple CNN of the KMNIST benchmark"
     return nn.Sequential(
-        nn.Flatten(),         nn.Unflatten(1, (1,28,28)),
-        nn.Conv2d(1, 32, 3),  nn.ReLU(),                                # (n,32,26,26)
-        nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25), # (n,64,12,12)
-        nn.Flatten(),         nn.Linear(64*12*12, 128), nn.ReLU(), nn.Dropout(0.5),
+        nn.Flatten(), nn.Unflatten(1, (1,28,28)),
+        nn.Conv2d(1, 32, 3), nn.ReLU(),                                       # (n,32,26,26)
+        nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.25),   # (n,64,12,12)
+        nn.Flatten(), nn.Linear(64*12*12, 128), nn.ReLU(), nn.Dropout(0.5),
         nn.Linear(128, n_out))
 
 # %% ../nbs/04_models.ipynb #eab5338a
@@ -118,6 +117,6 @@ def get_model(n_in:int=784, # numbers per input
               lr:float=0.1 # learning rate, finite and at least 0
              )->tuple: # (model, opt)
     "An `mlp` and a plain SGD optimizer over its parameters"
-    if not 0<=lr<float('inf'): raise ValueError(f'lr must be a finite number of at least 0, such as 0.1; got {lr}')
+    if not 0<=lr<float('inf'): raise ValueError(f'lr must be finite and at least 0; got {lr}')
     model = mlp(n_in, nh, n_out)
     return model, torch.optim.SGD(model.parameters(), lr=lr)

@@ -121,10 +121,10 @@ def test_no_autograd():
     with torch.inference_mode(): model(rand(5,4),torch.zeros(5).long()); model.backward()
     assert not any(p.g.requires_grad for p in params)
 
-@pytest.mark.parametrize('x,w,b', [((),(3,2),(2,)), ((3,),(3,2),(2,)), ((5,3,3),(3,2),(2,)), ((5,4),(3,2),(2,)), ((5,3),(3,2),(1,)), ((5,3),(3,),()), ((5,3),(3,2),(5,2))])
+@pytest.mark.parametrize('x,w,b', [((),(3,2),(2,)), ((3,),(3,2),(2,)), ((5,3,3),(3,2),(2,)), ((5,4),(3,2),(2,)), ((5,3),(3,2),(1,)), ((5,3),(3,2),(5,2))])
 def test_lin_shapes(x, w, b):
     with pytest.raises(ValueError) as e: lin(rand(*x),rand(*w),rand(*b))
-    for s in (x,w,b,'single image'): assert str(s) in str(e.value)
+    for s in (x,w,b,'one image'): assert str(s) in str(e.value)
 
 @pytest.mark.parametrize('out,targ', [((4,1),(4,1)), ((4,1),(4,)), ((4,3),(4,3)), ((),()), ((4,),(4,))])
 def test_mse_shapes(out, targ):
@@ -139,41 +139,33 @@ def test_mse_refuses_to_broadcast(out, targ):
         with pytest.raises(ValueError) as e: f(rand(*out),rand(*targ))
         assert str(out) in str(e.value) and str(targ) in str(e.value)
 
-@pytest.mark.parametrize('inp,targ,err,says', [
-    ((3,5), torch.tensor([0,5,1]), IndexError, ['target 5','(3, 5)','0 to 4']), ((3,5), torch.tensor([0,-1,1]), IndexError, ['target -1','0 to 4']),
-    ((3,5), torch.tensor([0,-100,7]), IndexError, ['target -100']), ((3,5), torch.tensor([0,200,1],dtype=torch.uint8), IndexError, ['target 200']),
-    ((3,5), torch.zeros(3), ValueError, ['float32','(3,)','long()']), ((3,5), torch.zeros(3).bool(), ValueError, ['bool','(3,)']), ((3,5), torch.zeros(4).long(), ValueError, ['(3, 5)','(4,)']),
-    ((3,5), torch.zeros(3,5).long(), ValueError, ['(3, 5)']), ((3,5), torch.tensor(1), ValueError, ['()']), ((), torch.tensor(0), ValueError, ['()']),
-    ((5,), torch.tensor(0), ValueError, ['(5,)']), ((3,5,2), torch.zeros(3).long(), ValueError, ['(3, 5, 2)']), ((0,5), torch.zeros(0).long(), ValueError, ['(0, 5)','at least 1'])])
-def test_cross_entropy_errors(inp, targ, err, says):
-    with pytest.raises(err) as e: CrossEntropy()(rand(*inp),targ)
-    for s in says: assert s in str(e.value)
+@pytest.mark.parametrize('shape,targ', [((3,5), torch.zeros(3)), ((3,5), torch.zeros(4).long()), ((3,5), torch.zeros(3,5).long()), ((3,5), torch.tensor(1))])
+def test_cross_entropy_refuses(shape, targ):
+    with pytest.raises(ValueError) as e: CrossEntropy()(rand(*shape),targ)
+    for part in (tuple(targ.shape),targ.dtype,shape,'a class number for each row'): assert str(part) in str(e.value)
+
+@pytest.mark.parametrize('bad', [5, -1, -100])
+def test_no_such_class(bad): # PyTorch's gather says it
+    with pytest.raises(RuntimeError, match=f'index {bad} is out of bounds'): CrossEntropy()(rand(3,5),torch.tensor([0,bad,1]))
 
 def test_order_of_calls():
     params,model = make((3,4,2), CrossEntropy(), 0)
     for m in (*model.layers,model.loss):
-        with pytest.raises(RuntimeError, match=rf'{type(m).__name__}.backward\(\) before its forward'): m.backward()
-    with pytest.raises(RuntimeError, match='CrossEntropy.backward.* before its forward'): model.backward()
+        with pytest.raises(RuntimeError, match=rf'{type(m).__name__}.backward\(\): call it on a batch first'): m.backward()
+    with pytest.raises(RuntimeError, match='CrossEntropy.backward.*on a batch first'): model.backward()
     x,y = rand(5,3),torch.tensor([0,1,0,1,0])
     model(x,y)
-    with pytest.raises(RuntimeError, match=r'Lin.backward.*\(5, 2\).*no gradient'): model.layers[-1].backward()
+    with pytest.raises(RuntimeError, match='Lin.backward.*then backward of what follows'): model.layers[-1].backward()
     model.backward()
     model.forward(x)                               # new predictions, and no loss of them: the old gradients must not be used
-    with pytest.raises(RuntimeError, match='no gradient'): model.backward()
+    with pytest.raises(RuntimeError, match='then backward of what follows'): model.backward()
 
 def test_a_failed_forward_changes_nothing():
     ce,z,y = CrossEntropy(),rand(2,3),torch.tensor([0,2]); ce(z,y)
-    with pytest.raises(IndexError): ce(rand(2,3),torch.tensor([0,3]))
+    with pytest.raises(RuntimeError): ce(rand(2,3),torch.tensor([0,3]))
     ce.backward()
     close(z.g, grads(lambda z: F.cross_entropy(z,y), z)[0])
 
 def test_a_module_twice():
     r = Relu()
     with pytest.raises(ValueError, match='twice'): Model([Lin(rand(3,3),rand(3)),r,Lin(rand(3,3),rand(3)),r], Mse())
-
-def test_unfinished_module():
-    class Half(Module):
-        def forward(self, inp): return inp.sum()
-    with pytest.raises(NotImplementedError, match='Module needs a method `forward'): Module()(rand(2))
-    h = Half(); h(rand(2))
-    with pytest.raises(NotImplementedError, match='Half needs a method `bwd'): h.backward()

@@ -52,11 +52,11 @@ def test_a_blown_up_net_gets_nothing():
 @pytest.mark.parametrize('yshape', [(63,), (65,), (64,1), (1,64), (64,10), (1,), ()])
 def test_shapes_that_do_not_agree(yshape):
     with pytest.raises(ValueError) as e: accuracy(torch.zeros(64,10), torch.zeros(yshape, dtype=torch.int64))
-    for part in ('(64, 10)', '(64,)', f'got labels of shape {tuple(yshape)}', 'one per row'): assert part in str(e.value)
+    for part in ('(64, 10)', '(64,)', f'one per row; got {tuple(yshape)}'): assert part in str(e.value)
 
 @pytest.mark.parametrize('dtype', FLOATS)
 def test_floating_labels(dtype):
-    with pytest.raises(ValueError, match=rf'integers.*{dtype}.*\[2.0, 2.0, 2.0, 2.0\]'): accuracy(torch.zeros(8,10), torch.full((8,), 2., dtype=dtype))
+    with pytest.raises(ValueError, match=f'integers; got {dtype}'): accuracy(torch.zeros(8,10), torch.full((8,), 2., dtype=dtype))
 
 @pytest.mark.parametrize('loss', [0.25, torch.tensor(0.25), torch.tensor(0.25, requires_grad=True), torch.tensor(0.25, dtype=torch.bfloat16)])
 def test_report(loss, capsys, recwarn):

@@ -159,7 +159,7 @@ def test_dummy_registration():
 def test_dummy_errors():
     class Forgot(DummyModule):
         def __init__(self): self.l = nn.Linear(2,2)
-    with pytest.raises(AttributeError, match=r"Forgot: call super\(\).__init__\(\) before setting 'l'"): Forgot()
+    with pytest.raises(AttributeError, match="'Forgot'.*_modules"): Forgot()
     m = DummyNet(); sd = m.state_dict()
     for bad in ({}, {**sd, 'l3.weight':torch.ones(1)}, {k:v for k,v in sd.items() if k!='l2.bias'}):
         with pytest.raises(KeyError, match='l2.bias'): m.load_state_dict(bad)
@@ -211,4 +211,4 @@ def test_get_model():
 
 @pytest.mark.parametrize('lr', [-0.1, math.nan, math.inf])
 def test_get_model_refuses(lr):
-    with pytest.raises(ValueError, match=f'lr must be a finite number.*got {lr}'): get_model(lr=lr)
+    with pytest.raises(ValueError, match=f'lr must be finite and at least 0; got {lr}'): get_model(lr=lr)
