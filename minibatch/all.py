@@ -10,3 +10,4 @@ from .data import *
 from .training import *
 from .callbacks import *
 from .checkpoint import *
+from .compiled import *
