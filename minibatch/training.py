@@ -9,7 +9,7 @@ __all__ = ['whole', 'evaluate', 'predict', 'Callback', 'Run', 'train_step', 'fit
 import builtins, inspect, math, operator, time
 import numpy as np, torch
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from more_itertools import peekable
@@ -208,6 +208,19 @@ def _call(cb, hook, run):
         raise RuntimeError(f'{type(cb).__name__}.{hook} failed after {run.epoch} epochs and '
                            f'{run.batch} batches: {type(e).__name__}: {e}') from e
 
+# %% ../nbs/07_fit.ipynb #f14walk
+@patch
+def walk(self:Run, batches):
+    "Inputs, target, weight, and how many batches that were; those of weight 0 are left out"
+    walked,self.ended = 0,False
+    for batch in batches:
+        walked += 1
+        xb,yb,n = _unpack(batch, self.model, self.device, self.count)
+        if n:
+            yield xb,yb,n,walked
+            walked = 0
+    self.ended = True                  # there is nothing more to come in this epoch
+
 # %% ../nbs/07_fit.ipynb #5e2cb893
 def train_step(run:Run # with the batch in `run.xb` and `run.yb`
               ): # nothing: sets `run.preds` and `run.loss` (shape ()), and moves the weights
@@ -226,19 +239,6 @@ def train_step(run:Run # with the batch in `run.xb` and `run.yb`
         run.opt.step()
         for p in run.params(): p.grad = None      # faster than PyTorch's zero_grad, which logs
     run.loss = loss
-
-# %% ../nbs/07_fit.ipynb #f14walk
-@patch
-def walk(self:Run, batches):
-    "Inputs, target, weight, and how many batches that were; those of weight 0 are left out"
-    walked,self.ended = 0,False
-    for batch in batches:
-        walked += 1
-        xb,yb,n = _unpack(batch, self.model, self.device, self.count)
-        if n:
-            yield xb,yb,n,walked
-            walked = 0
-    self.ended = True                  # there is nothing more to come in this epoch
 
 # %% ../nbs/07_fit.ipynb #1cd38cab
 @patch
@@ -307,11 +307,15 @@ def fit(epochs:int, # passes over the training data
     finally:
         run.batches = None
         opt.zero_grad()
-        with ExitStack() as stack:     # calls them all, even if one fails
-            for f in run.after_fit[::-1]: stack.callback(f, run)
+        _end(run, iter(run.after_fit))
     return run.figures
 
 # %% ../nbs/07_fit.ipynb #0bcb16a3
+def _end(run, hooks): # all that are in the iterator, even if one fails
+    for f in hooks:
+        try: f(run)
+        finally: _end(run, hooks)
+
 def _train_mode(model):
     "Training mode, but for parts that stand in eval mode and whose parameters are all frozen"
     def frozen(m):
@@ -357,7 +361,9 @@ def _rehearse(run):
             preds = _forward(run.model, xb)
             list(_score([run.loss_func,*run.metrics], preds, yb))
     finally:
-        for own,k,b,was in bufs: own[k] = b.data.copy_(was)
+        for own,k,b,was in bufs:
+            b.data.copy_(was)
+            own[k] = b
         _set_rng(rng, dl)
 
 # %% ../nbs/07_fit.ipynb #0fd19bf2
