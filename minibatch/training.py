@@ -38,13 +38,14 @@ def _weight(count, x, yb):
 
 # %% ../nbs/07_fit.ipynb #14f1a318
 def _by_name(model, batch):
-    "Are the inputs in a dict called as those of `forward` are? All of them, or none"
+    "Are the inputs in a dict called as arguments of `forward` are? All of them, or none"
     params = inspect.signature(model.forward).parameters
     if any(p.kind is p.VAR_KEYWORD for p in params.values()): return True
-    known,(*inputs,_) = [k for k in batch if k in params],batch
-    if not known or {*inputs}<={*params}: return bool(known)
-    raise ValueError(f'{type(model).__name__}.forward knows {known} of the batch {[*batch]}: '
-                     'name all inputs as forward does, and put the target last')
+    *inputs,_ = batch
+    known = [k for k in batch if k in params]
+    if known in ([],inputs): return bool(known)
+    raise ValueError(f'{type(model).__name__}.forward has {known} of the batch {[*batch]}: all '
+                     'inputs should be called as its arguments, and the last, the target, not')
 
 def _unpack(batch, model, device, count=len):
     "Inputs (a list, or a dict if they go by name), target and weight of a batch, on `device`"

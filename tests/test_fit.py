@@ -399,10 +399,10 @@ def test_dicts_by_name(keys, want):
     inputs = {k:torch.full((4,), v) for k,v in zip(keys, (5.,2.,1.))}
     assert predict(Both(), [dict(inputs, label=torch.zeros(4))]).tolist()==[want]*4
 
-@pytest.mark.parametrize('keys', ['axy','xay','yab','xya'])
+@pytest.mark.parametrize('keys', ['axy','xay','yab','xya','ab','xa'])
 def test_dicts_refused(keys):
-    "Names that forward knows in part, such as where the target comes first"
-    with pytest.raises(ValueError, match=r'Both.forward knows \[.*name all inputs as forward does, and put the target last'):
+    "Names that forward knows in part, such as where the target comes first, or is missing"
+    with pytest.raises(ValueError, match=r'Both.forward has \[.*all inputs should be called as its arguments, and the last, the target, not'):
         predict(Both(), [{k:torch.zeros(4) for k in keys}])
 
 def test_dicts_and_wrappers():
@@ -467,14 +467,14 @@ def test_rehearsal_leaves_no_trace(Dl):
     next(iter(valid))                                       # left in the middle of an epoch
     run = Run(1, m, F.cross_entropy, SGD(m.parameters(), .1), [], valid, T.accuracy)
     modes,was = [p.training for p in m.modules()],{k:v.clone() for k,v in m.state_dict().items()}
-    state = valid.state_dict() if hasattr(valid,'state_dict') else None
     torch.manual_seed(0); np.random.seed(0)
     want = torch.rand(3),np.random.rand()
-    torch.manual_seed(0); np.random.seed(0); ids = [id(b) for b in m.buffers()]
+    def state(): return valid.state_dict() if hasattr(valid,'state_dict') else None
+    torch.manual_seed(0); np.random.seed(0); ids,at = [id(b) for b in m.buffers()],state()
     T._rehearse(run)
+    assert state()==at
     assert torch.equal(torch.rand(3), want[0]) and np.random.rand()==want[1]
     assert same(was, weights(m)) and ids==[id(b) for b in m.buffers()] and modes==[p.training for p in m.modules()]
-    if state: assert valid.state_dict()==state
     other = Dl(valid.dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(3)); next(iter(other))
     assert all(torch.equal(a, b) for a,b in zip((t for b in valid for t in b), (t for b in other for t in b), strict=True))
 
@@ -557,3 +557,18 @@ def test_progress_notebook():
     NotebookClient(nb, kernel_name='python3').execute(env=ENV)
     o, = nb.cells[0].outputs
     assert o.output_type=='display_data' and [*o.data]==['text/plain'] and re.fullmatch(TABLE, o.data['text/plain']+'\n')
+
+def test_ctrl_c_in_a_notebook():
+    import nbformat
+    from nbclient import NotebookClient
+    stop = '''
+class Stop(Callback):
+    def after_batch(self, run):
+        if (run.epoch,run.batch)==(1,3): raise KeyboardInterrupt
+'''
+    code = SLOW.replace('class Slow', stop+'class Slow').replace('fit(2,', 'fit(3,').replace('cbs=()', 'cbs=Stop()')
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(nb, kernel_name='python3', allow_errors=True).execute(env=ENV)
+    table,line,error = nb.cells[0].outputs
+    assert re.fullmatch(r'epoch .*seconds *\n +1 .*', table.data['text/plain']) and line.text=='Interrupted in epoch 2 after batch 3\n'
+    assert error.ename=='KeyboardInterrupt' and len(error.traceback)<=5 and len('\n'.join(error.traceback).split('\n'))<40
