@@ -108,7 +108,7 @@ def test_predict_refuses():
     no('gave no batches', [])
     no('gave no batches', DataLoader([*x], 9, drop_last=True))
     no(r'such as \[x\]|as \[x\]', x)
-    no('the target should have a length', torch.utils.data.TensorDataset(x,y))       # a dataset in place of a loader
+    no('not single examples', torch.utils.data.TensorDataset(x,y))       # a dataset in place of a loader
     no('inputs first and the target last', [3])
     m.train()
     with pytest.raises(RuntimeError): predict(m, [x[:,:5]])
@@ -124,10 +124,12 @@ def test_kinds_of_batches():
         return fit(2, m, F.cross_entropy, SGD(m.parameters(), .1), batch, batch, **quiet)
     want = go((a,b,y))
     assert go([a,b,y])==want and go(dict(left=a, right=b, target=y))==want
-    for bad in (a,), [a], {'x':a}, a, 3, 'text', (a,b,3.), (a,b,None), (a,b,torch.tensor(1.)), (a,b,{'y':[1]}):
-        m = Two()
-        with pytest.raises(ValueError, match='inputs first and the target last'):
-            fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), [bad], **quiet)
+    for match,bads in (('inputs first and the target last', [(a,), [a], {'x':a}, a, 3, 'text']),
+                       ('length, that of the inputs, or else give count=', [(a,b,3.), (a,b,None), (a,b,torch.tensor(1.)), (a,b,{'y':y}), (a,b,[y,y]), (a,b,(y,y)), (a,b,'text')])):
+        for bad in bads:
+            for args in ([bad],),([(a,b,y)],[bad]):
+                m = Two()
+                with pytest.raises(ValueError, match=match): fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), *args, **quiet)
 
 @pytest.mark.parametrize('pack', [lambda y,z: dict(y=y, z=z), lambda y,z: (y,z), lambda y,z: [dict(y=y), z]])
 def test_nested_targets(pack):
@@ -135,8 +137,8 @@ def test_nested_targets(pack):
     batches = [(x[i],pack(y[i],z[i])) for i in (slice(7),slice(7,10))]
     loss = lambda p,t: F.cross_entropy(p, tree_leaves(t)[0])
     m = nn.Linear(6,3)
-    assert evaluate(m, loss, batches, ())==pytest.approx((F.cross_entropy(m(x), y).item(),), rel=1e-5)
-    assert all(t.is_meta for t in tree_leaves(T._unpack(batches[0], torch.device('meta'))[:2]))
+    assert evaluate(m, loss, batches, (), count=lambda t: len(tree_leaves(t)[0]))==pytest.approx((F.cross_entropy(m(x), y).item(),), rel=1e-5)
+    assert all(t.is_meta for t in tree_leaves(T._unpack(batches[0], m, torch.device('meta'), lambda t: 1)[:2]))
 
 def test_float_metrics_beside_another_device():
     class There(torch.Tensor):              # as on a GPU: cannot be stacked with a CPU tensor
@@ -163,39 +165,62 @@ def test_step_is_called():
     assert seen==[8]*8+[6]
 
 def test_frozen_parts_stay():
-    class Freeze(Callback):
-        def before_fit(self, run): assert run.model.training; run.model[1].eval()
-    args = setup(); args[0].eval()
-    was = args[0][1].running_mean.clone()
-    fit(2, *args, [data()], cbs=Freeze(), **quiet)
-    assert torch.equal(was, args[0][1].running_mean) and not args[0][1].training and args[0][3].training
+    model,loss_func,opt,dl = setup()
+    body = model[:2].requires_grad_(False)                  # a Linear and a BatchNorm; dropout has no parameters, and is not frozen
+    body.eval(); model[3].eval()
+    was = model[1].running_mean.clone()
+    fit(2, model, loss_func, opt, dl, [data()], **quiet)
+    assert torch.equal(was, model[1].running_mean) and not model[1].training and model[3].training and model.training
+    model[1].train()                                        # frozen, but to go on counting
+    fit(1, model, loss_func, opt, dl, **quiet)
+    assert not torch.equal(was, model[1].running_mean) and not model[0].training
+    model.eval().requires_grad_(True)                       # after a look at it
+    fit(1, model, loss_func, opt, dl, **quiet)
+    assert all(m.training for m in model.modules())
+    nested = nn.Sequential(nn.Sequential(nn.Linear(6,8), nn.BatchNorm1d(8, affine=False)).eval().requires_grad_(False), nn.Linear(8,3))
+    fit(1, nested, loss_func, SGD(nested[1].parameters(), 0.1), dl, **quiet)
+    assert not nested[0][1].training and not nested[0][1].running_mean.any()    # has no parameters, but its parent has
 
 def test_no_gradients_left():
     for cbs in Accumulate(4),At(3, lambda run: signal.raise_signal(signal.SIGINT)):
         m = nn.Linear(6,3)
-        fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), (data(4) for _ in range(6)), cbs=cbs, **quiet)
+        try: fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), (data(4) for _ in range(6)), cbs=cbs, **quiet)
+        except KeyboardInterrupt: pass
         assert all(p.grad is None for p in m.parameters())
 
 def test_ctrl_c(capsys):
+    ended = []
+    class Ended(Callback):
+        def after_fit(self, run): ended.append(run.figures)
     h = History()
-    figs = fit(3, *setup(), cbs=[h, Stop(1,5)], **quiet)
-    assert 'Interrupted in epoch 2 after batch 5' in capsys.readouterr().out
-    assert len(h.rows)==1 and figs[0]==h.rows[0]['train_loss']
-    assert all(math.isnan(f) for f in fit(3, *setup(), cbs=Stop(0,1), **quiet))
+    with pytest.raises(KeyboardInterrupt) as e: fit(3, *setup(), cbs=[h, Stop(1,5), Ended()], **quiet)
+    assert capsys.readouterr().out=='Interrupted in epoch 2 after batch 5\n'
+    assert len(h.rows)==1 and ended[0][0]==h.rows[0]['train_loss']
+    assert len(traceback.extract_tb(e.tb))==2 and e.value.__suppress_context__     # here, and fit
 
-def test_ctrl_c_in_validation(capsys):
+@pytest.mark.parametrize('before', [0,1])
+def test_ctrl_c_in_validation(before, capsys):
     class Valid:
         n = 0
         def __iter__(self):
             self.n += 1; yield data(10)
-            if self.n==2: signal.raise_signal(signal.SIGINT)
+            if self.n>before: signal.raise_signal(signal.SIGINT)
             yield data(10)
-    for epochs in 1,3:
-        v,h = Valid(),History(); v.n = 2-min(epochs,2)
-        res = fit(epochs, *setup(), v, cbs=h, **quiet)
-        assert 'Interrupted' in capsys.readouterr().out
-        if epochs==1: assert len(res)==2 and all(map(math.isnan, res))
-        else: assert res==(h.rows[-1]['valid_loss'],h.rows[-1]['accuracy']) and len(h.rows)==1
+    h = History()
+    with pytest.raises(KeyboardInterrupt): fit(3, *setup(), Valid(), cbs=h, **quiet)
+    assert f'Interrupted in epoch {before+1} after batch 9' in capsys.readouterr().out and len(h.rows)==before
+
+def test_ctrl_c_ends_the_loader():
+    ended = []
+    class Endless:
+        def __iter__(self):
+            try:
+                while True: yield data(4)
+            finally: ended.append(1)
+    class Look(Callback):
+        def after_fit(self, run): assert ended
+    m = nn.Linear(6,3)
+    with pytest.raises(KeyboardInterrupt): fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), Endless(), cbs=[Stop(0,3), Look()], **quiet)
 
 def test_after_fit_all_run():
     seen = []
@@ -300,10 +325,193 @@ def test_history():
     assert [l.get_label() for l in axs[0].get_lines()]==['train_loss','valid_loss'] and [l.get_label() for l in axs[1].get_lines()]==['accuracy']
     assert list(axs[1].get_lines()[0].get_ydata())==[r['accuracy'] for r in h.rows]
     h = History(); fit(1, *setup(), cbs=h, **quiet)
-    assert [*h.rows[0]]==['epoch','train_loss','train_accuracy','seconds']
-    h.rows += [dict(epoch=2, train_loss=.5), dict(epoch=3, train_loss=.4, extra=2.)]
-    lines = {l.get_label():[y for y in l.get_ydata() if not math.isnan(y)] for ax in h.plot() for l in ax.get_lines()}
-    assert lines=={'train_loss':[h.rows[0]['train_loss'],.5,.4], 'train_accuracy':[h.rows[0]['train_accuracy']], 'extra':[2.]}
+    assert [*h.rows[0]]==['epoch','train_loss','train_accuracy','seconds'] and [ax.get_title() for ax in h.plot()]==['Loss','Metrics']
+    fit(1, *setup(), metrics=(), cbs=(h := History()), **quiet)
+    assert [ax.get_title() for ax in h.plot()]==['Loss']
+
+# What a batch weighs
+
+def ignored(n=60, share=0.5):
+    x,y = data(n)
+    return x,torch.where(torch.arange(n)<n*share, y, -100)[torch.randperm(n, generator=torch.Generator().manual_seed(1))]
+
+W = torch.tensor([1.,1.,20.])
+KINDS = dict(ignore=(F.cross_entropy, lambda yb: (yb!=-100).sum(), ignored), weights=(nn.CrossEntropyLoss(weight=W), lambda yb: W[yb].sum(), lambda: data(60)),
+             number=(F.cross_entropy, lambda yb: int((yb!=-100).sum()), ignored))
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('bs', [60,25,7,1])
+def test_count(kind, bs):
+    loss_func,count,make = KINDS[kind]
+    x,y = make(); m = nn.Linear(6,3); batches = list(zip(x.split(bs), y.split(bs)))
+    want = loss_func(m(x), y).item()
+    assert evaluate(m, loss_func, batches, (), count)==pytest.approx((want,), rel=1e-5)
+    h = History()                                            # lr 0: the training loss is of the same net
+    assert fit(1, m, loss_func, torch.optim.SGD(m.parameters(), 0.), batches, batches, (), h, count=count, **quiet)==pytest.approx((want,), rel=1e-5)
+    assert h.rows[0]['train_loss']==pytest.approx(want, rel=1e-5)
+
+def test_batches_without_weight():
+    "They train nothing and call no hook, but were walked"
+    x,y = data(40); y[:10] = -100; y[25:] = -100
+    batches = list(zip(x.split(5), y.split(5)))
+    def count(yb): return (yb!=-100).sum()
+    seen,a,b = [],nn.Linear(6,3),nn.Linear(6,3)
+    b.load_state_dict(a.state_dict())
+    class See(Callback):
+        def before_batch(self, run): seen.append(('before',run.batch,run.n))
+        def after_batch(self, run): seen.append(('after',run.batch,run.ended,bool(run.batches)))
+    fit(1, a, F.cross_entropy, SGD(a.parameters(), .1, .9), batches, cbs=See(), metrics=(), count=count, **quiet)
+    fit(1, b, F.cross_entropy, SGD(b.parameters(), .1, .9), batches[2:5], metrics=(), **quiet)
+    assert same(weights(a), weights(b)) and all(w.isfinite().all() for w in a.parameters())
+    assert seen==[('before',0,5),('after',3,False,True),('before',3,5),('after',4,False,True),('before',4,5),('after',5,False,False)]
+    with pytest.raises(ValueError, match='count. gave each of them the weight 0'): evaluate(a, F.cross_entropy, batches[:2], (), count)
+    with pytest.raises(ValueError, match='the weight 0'): fit(1, a, F.cross_entropy, SGD(a.parameters(), .1), batches[5:], count=count, **quiet)
+
+def test_bad_batch_is_named_with_those_of_no_weight():
+    x,y = data(12); y[:6] = -100; x[8] = math.nan
+    m = nn.Linear(6,3)
+    with pytest.raises(RuntimeError, match='epoch 1, batch 5'):
+        fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), list(zip(x.split(2), y.split(2))), count=lambda yb: (yb!=-100).sum(), **quiet)
+
+@pytest.mark.parametrize('bad', [-1, math.nan, math.inf, torch.tensor(-.5)])
+def test_bad_count(bad):
+    with pytest.raises(ValueError, match='count gave'): evaluate(nn.Linear(6,3), F.cross_entropy, [data(4)], count=lambda yb: bad)
+
+def test_count_sees_the_target_before_it_moves():
+    seen = []
+    T._unpack(data(4), nn.Linear(6,3), torch.device('meta'), lambda yb: seen.append(yb.device.type) or 1)
+    assert seen==['cpu']
+
+def test_list_of_targets():
+    k = [1,3,2,5,1,4,2]
+    ts = [dict(boxes=torch.zeros(n,4)) for n in k]
+    def loss(p, ts): return p.mean()*0+sum(float(len(t['boxes'])) for t in ts)/len(ts)
+    x = torch.randn(7,4)
+    for bs in 7,3,2: assert evaluate(nn.Linear(4,1), loss, [(x[i:i+bs],ts[i:i+bs]) for i in range(0,7,bs)], ())==pytest.approx((sum(k)/7,), rel=1e-6)
+
+# Dicts
+
+class Both(nn.Module):
+    def forward(self, a, b=None, *, c=0.): return a-2*b+c
+
+@pytest.mark.parametrize('keys,want', [('ab',5-4), ('ba',2-10), ('xy',5-4), ('abc',5-4+1), ('cba',1-4+5)])
+def test_dicts_by_name(keys, want):
+    inputs = {k:torch.full((4,), v) for k,v in zip(keys, (5.,2.,1.))}
+    assert predict(Both(), [dict(inputs, label=torch.zeros(4))]).tolist()==[want]*4
+
+@pytest.mark.parametrize('keys', ['axy','xay','yab','xya','ab','xa'])
+def test_dicts_refused(keys):
+    "Names that forward knows in part, such as where the target comes first, or is missing"
+    with pytest.raises(ValueError, match=r'Both.forward has \[.*all inputs should be called as its arguments, and the last, the target, not'):
+        predict(Both(), [{k:torch.zeros(4) for k in keys}])
+
+def test_dicts_and_wrappers():
+    class Any(nn.Module):
+        def forward(self, **kw): return Both()(**kw)
+    from collections import UserDict
+    batch = UserDict(b=torch.ones(4), a=torch.zeros(4), y=torch.zeros(4))
+    assert predict(Any(), [batch]).tolist()==predict(Both(), [batch]).tolist()==[-2.]*4
+
+# Whole figures
+
+def test_whole():
+    calls = []
+    def med(preds, yb):
+        assert preds.device.type==yb.device.type=='cpu' and not preds.requires_grad
+        calls.append(len(yb)); return np.float32(preds.median())
+    x,y = data(23); m = nn.Linear(6,1)
+    batches = list(zip(x.split(5), y.split(5)))
+    loss,a,b = evaluate(m, lambda p,y: p.mean(), batches, [whole(med), lambda p,y: p.mean()])
+    assert calls==[23] and a==m(x).median().item() and loss==b and type(a) is float
+
+def test_whole_trees_and_weights():
+    class Tree(nn.Module):
+        def forward(self, x): return dict(s=x, t=(x[:,0],))
+    x,y = data(9)
+    def f(preds, yb): return float(torch.equal(preds['s'], x[3:]) and torch.equal(preds['t'][0], x[3:,0]) and torch.equal(yb[0], y[3:]))
+    batches = [(x[i:i+3],(y[i:i+3],y[i:i+3])) for i in (0,3,6)]
+    assert evaluate(Tree(), lambda p,y: p['s'].mean(), batches, whole(f), count=lambda t: 0 if t[0] is batches[0][1][0] else 3)[1]==1.
+
+def test_whole_refuses():
+    args = setup()
+    with pytest.raises(ValueError, match='give a valid_dl'): fit(1, *args, metrics=whole(T.accuracy), **quiet)
+    def bad(preds, yb): return preds@yb
+    with pytest.raises(ValueError, match=r'bad failed, with a tensor of shape \(10, 3\) as predictions and a tensor of shape \(10,\)'): evaluate(args[0], args[1], [data(10)], whole(bad))
+    with pytest.raises(ValueError, match='<lambda> should give one number'): evaluate(args[0], args[1], [data(10)], whole(lambda p,y: p))
+
+# What is known before the first batch
+
+def test_told_before_training():
+    def never(run): raise AssertionError('trained')
+    def bad(preds, yb): return (preds==yb).float().mean()
+    args = setup()
+    valid = DataLoader(torch.utils.data.TensorDataset(*data(10)), 5)
+    for kw,match in ((dict(metrics=bad), r'bad failed, with a tensor of shape \(5, 3\) as predictions and a tensor of shape \(5,\) as target: RuntimeError'),
+                     (dict(valid_dl=[]), 'gave no batches'), (dict(valid_dl=valid.dataset), 'should have a length'),
+                     (dict(loss_func=F.nll_loss, metrics=(), valid_dl=[(data(5)[0],torch.zeros(5,3))]), 'nll_loss failed')):
+        with pytest.raises(ValueError, match=match): fit(**{**dict(epochs=1, model=args[0], loss_func=args[1], opt=args[2], train_dl=args[3], valid_dl=valid, step=never), **kw}, **quiet)
+    with pytest.raises(ValueError, match='bad failed'): fit(1, *args, metrics=bad, **quiet)         # after the first batch
+
+@pytest.mark.parametrize('Dl', [DataLoader,torch.utils.data.DataLoader])
+def test_rehearsal_leaves_no_trace(Dl):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(6,3)
+            self.register_buffer('calls', torch.zeros(())); self.register_buffer('last', torch.zeros(()))
+        def forward(self, x):
+            self.calls += 1; self.last = torch.rand(())+np.random.rand()
+            return self.l(x)
+    m = Noisy()
+    valid = Dl(torch.utils.data.TensorDataset(*data(10)), 4, shuffle=True, generator=torch.Generator().manual_seed(3))
+    next(iter(valid))                                       # left in the middle of an epoch
+    run = Run(1, m, F.cross_entropy, SGD(m.parameters(), .1), [], valid, T.accuracy)
+    modes,was = [p.training for p in m.modules()],{k:v.clone() for k,v in m.state_dict().items()}
+    torch.manual_seed(0); np.random.seed(0)
+    want = torch.rand(3),np.random.rand()
+    def state(): return valid.state_dict() if hasattr(valid,'state_dict') else None
+    torch.manual_seed(0); np.random.seed(0); ids,at = [id(b) for b in m.buffers()],state()
+    T._rehearse(run)
+    assert state()==at
+    assert torch.equal(torch.rand(3), want[0]) and np.random.rand()==want[1]
+    assert same(was, weights(m)) and ids==[id(b) for b in m.buffers()] and modes==[p.training for p in m.modules()]
+    other = Dl(valid.dataset, 4, shuffle=True, generator=torch.Generator().manual_seed(3)); next(iter(other))
+    assert all(torch.equal(a, b) for a,b in zip((t for b in valid for t in b), (t for b in other for t in b), strict=True))
+
+def test_streams_lose_nothing():
+    class Stream(torch.utils.data.IterableDataset):
+        def __init__(self): self.it = iter(range(8))
+        def __len__(self): return 8
+        def __iter__(self): return ((data(1, seed=i)[0][0],0) for i in self.it)
+    x,y = data(8)
+    want = torch.cat([data(1, seed=i)[0] for i in range(8)])
+    batches = list(zip(want.split(4), torch.zeros(8).long().split(4)))
+    for valid in iter(batches),(b for b in batches),DataLoader(Stream(), 4),torch.utils.data.DataLoader(Stream(), 4):
+        m,seen = nn.Linear(6,3),[]
+        m.register_forward_pre_hook(lambda m,args: None if m.training else seen.append(args[0]))
+        fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), [(x,y)], valid, **quiet)
+        assert torch.equal(torch.cat(seen), want)
+
+def test_columns():
+    seen = []
+    class Cols(Callback):
+        def before_fit(self, run): seen.append(run.columns)
+    for valid in None,[data()]:
+        h = History(); fit(1, *setup(), valid, cbs=[Cols(), h], **quiet)
+        assert seen.pop()==[*h.rows[0]]
+
+def test_scale_comes_last():
+    class Penalty(Callback):
+        def before_backward(self, run): run.loss = run.loss+run.model.weight.square().sum()
+    class Scale(Callback):
+        order = -1
+        def before_backward(self, run): run.scale *= 4
+        def after_backward(self, run): seen.append(run.model.weight.grad/4)
+    x,y = data(); m = nn.Linear(6,3); seen,h = [],History()
+    want, = torch.autograd.grad(F.cross_entropy(m(x), y)+m.weight.square().sum(), m.weight)
+    loss = F.cross_entropy(m(x), y).item()
+    fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), [(x,y)], cbs=[Penalty(), Scale(), h], **quiet)
+    assert torch.allclose(seen[0], want) and h.rows[0]['train_loss']==pytest.approx(loss)
 
 # Progress
 
@@ -349,3 +557,18 @@ def test_progress_notebook():
     NotebookClient(nb, kernel_name='python3').execute(env=ENV)
     o, = nb.cells[0].outputs
     assert o.output_type=='display_data' and [*o.data]==['text/plain'] and re.fullmatch(TABLE, o.data['text/plain']+'\n')
+
+def test_ctrl_c_in_a_notebook():
+    import nbformat
+    from nbclient import NotebookClient
+    stop = '''
+class Stop(Callback):
+    def after_batch(self, run):
+        if (run.epoch,run.batch)==(1,3): raise KeyboardInterrupt
+'''
+    code = SLOW.replace('class Slow', stop+'class Slow').replace('fit(2,', 'fit(3,').replace('cbs=()', 'cbs=Stop()')
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(nb, kernel_name='python3', allow_errors=True).execute(env=ENV)
+    table,line,error = nb.cells[0].outputs
+    assert re.fullmatch(r'epoch .*seconds *\n +1 .*', table.data['text/plain']) and line.text=='Interrupted in epoch 2 after batch 3\n'
+    assert error.ename=='KeyboardInterrupt' and len(error.traceback)<=5 and len('\n'.join(error.traceback).split('\n'))<40
