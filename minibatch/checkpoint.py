@@ -6,16 +6,16 @@
 __all__ = ['Checkpoint']
 
 # %% ../nbs/09_checkpoint.ipynb #4389223a
-import io, operator, os, time, zipfile
+import io, math, operator, os, time, zipfile
 import numpy as np, torch
 from collections import OrderedDict
 from copy import copy
 from pathlib import Path
 from torch import nn, Tensor
-from .data import _gens, _get_rng, _set_rng
+from .data import _gens, _owners, _get_rng, _set_rng
 from .training import *
 from .training import Run, _Means
-from .callbacks import LRFinder
+from .callbacks import LRFinder, Schedule
 from fastcore.basics import patch
 
 # %% ../nbs/09_checkpoint.ipynb #b10b8ff1
@@ -124,7 +124,8 @@ def _about(run):
     return dict(
         optimizer=type(run.opt).__name__, metrics=run.names,
         callbacks=[type(getattr(cb,'sched',cb)).__name__ for cb in _stateful(run.cbs)],
-        generators=len(_gens(dl)), others=[list(p.shape) for p in run.others()],
+        generators=len(_gens(dl, *_owners(dl))),
+        others=[list(p.shape) for p in run.others()],
         examples=size(getattr(dl,'dataset',()), -1),
         batch_size=getattr(dl,'batch_size',None), batches=size(dl, -1),
         **{f'weights {k}':list(getattr(v,'shape',())) for k,v in weights.items()})
@@ -154,7 +155,7 @@ class Checkpoint(Callback):
         self.path,self.every,self.share = Path(path),every,share
     def before_fit(self, run):
         if why := _unfit(run, self.path): raise ValueError(why)
-        self.about,self.start,self.due = _about(run),None,0.
+        self.about,self.start,self.due,self.late = _about(run),None,0.,False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists(): return self.resume(run, _read(self.path))
         self.save(run)                # a trial
@@ -162,16 +163,37 @@ class Checkpoint(Callback):
         finally: self.path.unlink()
     def after_batch(self, run):       # batch 0 is the end of an epoch
         due = run.batch%self.every==0 if self.every else time.monotonic()>=self.due
-        if due or run.stop or run.epoch==run.epochs: self.save(run)
+        self.late = self.late or due or run.stop or run.epoch==run.epochs
+        whole = run.update and not run.ended if run.batch else True   # did nobody look ahead?
+        if self.late and whole: self.save(run)
     after_epoch = after_batch
     def save(self, run):
         "Write the state of `run`, and note when the next time is due"
-        begin,state = time.monotonic(),run.state_dict()
+        self.late,begin,state = False,time.monotonic(),run.state_dict()
         if run.means.bad: return      # the loss is not finite: `fit` is about to stop
-        state.update(format=_format, about=self.about, start=self.start)
+        state.update(format=_format, epochs=run.epochs, about=self.about, start=self.start)
         _save(_plain(state), self.path)
         now = time.monotonic()
         self.due = now + (now-begin)/self.share
+
+# %% ../nbs/09_checkpoint.ipynb #b999d099
+def _lrs(run): return [g.get('initial_lr', g['lr']) for g in run.opt.param_groups]
+
+def _found(run, s):
+    "What there is to do for a run that has loaded `s`"
+    if s['stop']: return (f'the run was stopped by a callback after {run.epoch} epochs; nothing '
+                          'is left to do. Remove the file to begin anew')
+    if s['epoch']<s['epochs']: return f'going on after {run.epoch} epochs and {run.batch} batches'
+    if run.epochs<=run.epoch: return (f'the run of {run.epoch} epochs is finished; nothing is '
+                                      'left to do. Remove the file to begin anew')
+    for sched in [cb.sched for cb in run.cbs if isinstance(cb, Schedule)]:
+        n = getattr(sched, 'total_steps', getattr(sched, 'T_max', math.inf))
+        if sched.last_epoch>=n:
+            raise ValueError(f'the run of {s["epochs"]} epochs is finished, and its '
+                f'{type(sched).__name__} of {n} steps at its end, so there is no learning rate '
+                f'for {run.epochs} epochs: begin anew with another file, from its "model" if '
+                'you like')
+    return f'a finished run of {run.epoch} epochs, going on to {run.epochs}'
 
 # %% ../nbs/09_checkpoint.ipynb #77975442
 @patch
@@ -182,10 +204,14 @@ def resume(self:Checkpoint, run, s):
         if was!=now:
             raise ValueError(f'{self.path} is of another run: there {k} is {was}, here {now}. '
                              'Set everything up as it was, or choose another path')
+    lrs = _lrs(run)
     run.load_state_dict(s)
     self.start,self.now = s['start'],s['rng']
-    print(f'{self.path.name}: going on after {run.epoch} epochs and {run.batch} batches')
+    print(f'{self.path.name}: {_found(run, s)}')
+    if lrs!=_lrs(run): print(f'{self.path.name}: the learning rate stays {_lrs(run)}, as the '
+                             f'run began with; {lrs} is for a new run, in another file')
 
+# %% ../nbs/09_checkpoint.ipynb #b15b8279
 @patch
 def before_epoch(self:Checkpoint, run):
     dl = run.train_dl

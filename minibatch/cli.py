@@ -16,7 +16,7 @@ from .losses import cross_entropy
 from .models import mlp, cnn
 from .optim import SGD
 from .data import Dataset, get_dls
-from .training import fit, History
+from .training import fit, predict, History
 from .checkpoint import Checkpoint
 
 # %% ../nbs/13_cli.ipynb #ffe41ba5
@@ -88,9 +88,8 @@ def _save_table(rows, path):
 def _show_predictions(model, valid_dl, classes, n=12):
     "A figure of `n` images that the net gets right, and `n` mistakes with the largest loss"
     import matplotlib.pyplot as plt
-    model.eval()
-    with torch.no_grad(): batches = [(xb, yb, model(xb)) for xb,yb in valid_dl]
-    x,y,out = (torch.cat(t).cpu() for t in zip(*batches))
+    x,y = (torch.cat(t).cpu() for t in zip(*valid_dl))
+    out = predict(model, valid_dl).cpu()
     losses,guess = cross_entropy(out, y, reduction='none'), out.argmax(1)
     right = (guess==y).nonzero()[:n,0]
     wrong = (guess!=y).nonzero()[:,0]
@@ -162,13 +161,13 @@ def train(
         print(f'the run in {out} was ended before its first checkpoint: beginning anew')
     def write(path): path.write_text(json.dumps(s, indent=1))
     if s['epochs']>=config.get('epochs', 0): _put(out/'config.json', write)
-    fit(s['epochs'], net, cross_entropy, opt, train_dl, valid_dl, cbs=[history, checkpoint])
+    try: fit(s['epochs'], net, cross_entropy, opt, train_dl, valid_dl, cbs=[history, checkpoint])
+    except KeyboardInterrupt:
+        print(f'minibatch: interrupted; --resume --out {out} goes on', file=sys.stderr)
+        return 130
     done = len(history.rows)
     if done>s['epochs']: raise ValueError(f"--epochs is {s['epochs']}, but {done} are done")
     _put(out/'config.json', write)
-    if done<s['epochs']:
-        print(f'minibatch: interrupted; --resume --out {out} goes on', file=sys.stderr)
-        return 130
     _save_results(out, net, history, valid_dl, dataset_classes(s['dataset']))
     print(f"accuracy {history.rows[-1]['accuracy']:.4f} on the validation images; "
           f"{', '.join(_results)} and config.json are in {out}{os.sep}")

@@ -22,7 +22,8 @@ def _by_weights(run):
     weights,buffers = dict(model.named_parameters()),dict(model.named_buffers())
     names = [*weights, *buffers]
     def loss(ps, bufs, xb, yb):
-        preds = functional_call(model, dict(zip(names, [*ps, *bufs])), tuple(xb))
+        args,kw = ((),xb) if isinstance(xb, dict) else (tuple(xb),{})     # by name?
+        preds = functional_call(model, dict(zip(names, [*ps, *bufs])), args, kw)
         return loss_func(preds, yb),preds
     def f(ps, bufs, xb, yb):
         bufs = [b.clone() for b in bufs]                  # BatchNorm changes what it is given
