@@ -283,11 +283,11 @@ def fit(epochs:int, # passes over the training data
     cbs = _list(cbs) + ([Progress()] if progress else [])
     run = Run(epochs, model, loss_func, opt, train_dl, valid_dl, metrics, cbs, count)
     _check(run)
-    _rehearse(run)
     try:
         _train_mode(model)
         opt.zero_grad()
         for f in run.before_fit: f(run)
+        _rehearse(run)
         while run.epoch<epochs and not run.stop:
             run.batches,run.start = train_dl,time.perf_counter()-run.seconds
             for f in run.before_epoch: f(run)
