@@ -108,7 +108,7 @@ def plot(self:Race,
     low,ms,high = (np.array([1e3*r[k] for r in rows]) for k in ('low','median','high'))
     _,ax = plt.subplots(figsize=(7, 0.35*len(rows)+1))
     bars = ax.barh([r['contender'] for r in rows], ms, xerr=(ms-low,high-ms))
-    ax.bar_label(bars, fmt='%.3g', padding=4)
+    ax.bar_label(bars, [_time(r['median']) for r in rows], padding=4)
     ax.invert_yaxis()
     ax.margins(x=0.2)
     ax.set(title=title, xlabel='time (ms): median and quartiles')
@@ -164,7 +164,7 @@ def _by_hand(net, data, bs, lr):
         for p in (w1,b1,w2,b2): p -= lr*p.g
     return _validate(net, data, bs)
 
-# %% ../nbs/11_speed.ipynb #c34a6d8c
+# %% ../nbs/11_speed.ipynb #36cba3cc
 def _numpy(net, data, bs, lr):
     x,y = (t.numpy() for t in data[:2])
     w1,b1,w2,b2 = (p.detach().numpy() for p in net.parameters())
@@ -186,7 +186,7 @@ def _numpy(net, data, bs, lr):
         w1 -= gh.T@xb;  b1 -= gh.sum(0)
     return _validate(net, data, bs)
 
-# %% ../nbs/11_speed.ipynb #e2aa9ea5
+# %% ../nbs/11_speed.ipynb #f76baedd
 @cache
 def _jax_steps():
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -283,7 +283,7 @@ def _fastai(net, data, bs, lr):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return float(learn.recorder.values[-1][-1])
 
-# %% ../nbs/11_speed.ipynb #8699911e
+# %% ../nbs/11_speed.ipynb #3d9bb3be
 def _keras(net, data, bs, lr):
     os.environ.setdefault('KERAS_BACKEND', 'torch')
     import keras
