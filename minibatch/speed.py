@@ -164,7 +164,7 @@ def _by_hand(net, data, bs, lr):
         for p in (w1,b1,w2,b2): p -= lr*p.g
     return _validate(net, data, bs)
 
-# %% ../nbs/11_speed.ipynb #36cba3cc
+# %% ../nbs/11_speed.ipynb #77071051
 def _numpy(net, data, bs, lr):
     x,y = (t.numpy() for t in data[:2])
     w1,b1,w2,b2 = (p.detach().numpy() for p in net.parameters())
@@ -186,7 +186,7 @@ def _numpy(net, data, bs, lr):
         w1 -= gh.T@xb;  b1 -= gh.sum(0)
     return _validate(net, data, bs)
 
-# %% ../nbs/11_speed.ipynb #f76baedd
+# %% ../nbs/11_speed.ipynb #e4ce9731
 @cache
 def _jax_steps():
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -283,7 +283,7 @@ def _fastai(net, data, bs, lr):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     return float(learn.recorder.values[-1][-1])
 
-# %% ../nbs/11_speed.ipynb #3d9bb3be
+# %% ../nbs/11_speed.ipynb #f0af1a64
 def _keras(net, data, bs, lr):
     os.environ.setdefault('KERAS_BACKEND', 'torch')
     import keras
