@@ -70,6 +70,7 @@ class EarlyStop(Callback):
             raise ValueError(f'best is {best!r}: expected the function min or max')
         self.metric,self.patience,self.restore = metric,patience,restore
         self.best = best or (min if metric.endswith('loss') else max)
+        self.kept = {}
     def before_fit(self, run): # for a run that goes on, `Checkpoint` then restores them
         _check_column(run, self.metric)
         record = math.inf if self.best is min else -math.inf
@@ -83,7 +84,7 @@ class EarlyStop(Callback):
         run.stop = run.stop or kept['bad']>=self.patience
     def after_fit(self, run):
         kept = self.kept
-        if not kept['weights']: return
+        if not kept.get('weights'): return
         run.model.load_state_dict(kept['weights'])
         run.figures = tuple(kept['figures'])
         print(f"Weights of epoch {kept['epoch']}: {self.metric} {kept['record']:.4f}")

@@ -351,7 +351,7 @@ def __iter__(self:DataLoader):
     "An epoch of batches; the first time after `load_state_dict`, what was left of one"
     if self.timeout and not self.num_workers:
         raise AssertionError('`timeout` is for workers: it needs num_workers > 0')
-    at,self._resume = self._resume or self._begin(),None
+    at,self._resume = dict(self._resume or self._begin()),None      # a copy has its own place
     self._at = at
     source,notes = self._batches(at)
     for b in source:

@@ -1,10 +1,11 @@
 "The callbacks of lesson 8, against PyTorch's own or a loop by hand"
-import copy, math, warnings
+import itertools, copy, math, warnings
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as L
 from minibatch.callbacks import *
+from minibatch.checkpoint import Checkpoint
 from minibatch.data import Dataset, DataLoader
 from minibatch.optim import SGD
 from minibatch.training import *
@@ -25,6 +26,10 @@ def setup(bs=8, seed=1, n=70, shuffle=True, Opt=SGD, Dl=DataLoader, **kw):
 def weights(model): return {k:v.clone() for k,v in model.state_dict().items()}
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k],b[k]) for k in a)
 quiet = dict(progress=False)
+
+class Each(Callback):
+    def __init__(self, f): self.f = f
+    def after_batch(self, run): self.f(run)
 
 class Centers(nn.Module):
     "A loss with parameters of its own"
@@ -50,11 +55,20 @@ def test_schedule_per_epoch():
     args = setup(); s = L.StepLR(args[2], 1, gamma=0.5)
     fit(3, *args, cbs=Schedule(s, 'epoch'), **quiet)
     assert args[2].param_groups[0]['lr']==0.1/8
-    args = setup(); s = L.ReduceLROnPlateau(args[2], patience=0, mode='max', factor=0.5)
-    h = History(); fit(4, *args, cbs=[Schedule(s, 'epoch'), h], **quiet)
-    ref = L.ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)], 0.1), patience=0, mode='max', factor=0.5)
-    for r in h.rows: ref.step(r['train_loss'])
-    assert args[2].param_groups[0]['lr']==ref.optimizer.param_groups[0]['lr']
+    for mode,metric,valid in ('min',None,None), ('min',None,[data(20)]), ('max','accuracy',[data(20)]), ('max','train_loss',None):
+        args = setup(); s = L.ReduceLROnPlateau(args[2], patience=0, mode=mode, factor=0.5)
+        h = History(); fit(5, *args, valid, cbs=[Schedule(s, 'epoch', metric), h], **quiet)
+        ref = L.ReduceLROnPlateau(torch.optim.SGD([torch.zeros(1)], 0.1), patience=0, mode=mode, factor=0.5)
+        for r in h.rows: ref.step(r[metric or ('valid_loss' if valid else 'train_loss')])
+        assert args[2].param_groups[0]['lr']==ref.optimizer.param_groups[0]['lr'] and s.best==ref.best
+    with pytest.raises(ValueError, match="metric='accuracy'"): Schedule(L.ReduceLROnPlateau(args[2], mode='max'), 'epoch')
+    with pytest.raises(ValueError, match="per='epoch'"): Schedule(L.ReduceLROnPlateau(args[2]))
+    with pytest.raises(ValueError, match='StepLR takes no metric'): Schedule(L.StepLR(args[2], 1), 'epoch', 'accuracy')
+    seen = []
+    with pytest.raises(RuntimeError, match="There is no 'acc' in the table; it will have"):
+        fit(1, *args, cbs=[Schedule(L.ReduceLROnPlateau(args[2]), 'epoch', 'acc'), Each(lambda run: seen.append(1))], **quiet)
+    assert not seen                                     # before the first batch
+    s = L.StepLR(args[2], 1)
     with pytest.raises(ValueError, match="per is 'step'"): Schedule(s, 'step')
     with pytest.raises(RuntimeError, match='another optimizer'): fit(1, *setup(), cbs=Schedule(s), **quiet)
     with warnings.catch_warnings():                     # stepped only after updates, so that PyTorch has nothing to warn of
@@ -98,7 +112,8 @@ def test_parameters_beside_the_model():
     ([3,2,1,1,1,0],2,None,5), ([3,2,1,1,.5,1,1],3,None,7), ([1,2,3,3,3],2,max,5), ([math.nan]*5,2,None,2),
     ([3,math.nan,2,math.nan,2.5,1],2,None,5), ([1,2,1],5,None,3)])
 def test_early_stop(vals, patience, best, epochs):
-    es,run = EarlyStop('valid_loss', patience, best),type('R', (), dict(stop=False))()
+    es,run = EarlyStop('valid_loss', patience, best),type('R', (), dict(stop=False, columns=['valid_loss'], figures=(), epoch=0))()
+    es.before_fit(run)
     for i,v in enumerate(vals, 1):
         run.row = dict(valid_loss=v); es.after_epoch(run)
         new = EarlyStop('valid_loss', patience, best); new.load_state_dict(es.state_dict()); es = new
@@ -137,7 +152,7 @@ def test_lr_finder_puts_callbacks_back():
     fit(1, *args, cbs=cbs, **quiet)
     was = [h.rows[:], sched.state_dict()]
     fit(1, *args, cbs=[*cbs, LRFinder(steps=30)], **quiet)
-    assert [h.rows, sched.state_dict()]==was and acc.batches==0
+    assert [h.rows, sched.state_dict()]==was
 
 def test_smooth():
     f,m,want = LRFinder(),0.,[]
@@ -207,3 +222,92 @@ def test_cuda():
     fit(1, *b, cbs=LRFinder(steps=20), **quiet)
     assert same(weights(b[0]), weights(make()[0]))
     assert predict(a[0], a[3]).is_cuda
+
+# Penalties, masks, ends of epochs: what is added to the loss, and what is scaled
+
+class L2(Callback):
+    "A penalty, added where a callback would"
+    def before_backward(self, run): run.loss = run.loss+.5*sum(p.pow(2).sum() for p in run.model.parameters())
+
+def first_update(batches, *cbs, count=len):
+    torch.manual_seed(0); m = nn.Linear(6,3); w = m.weight.detach().clone()
+    fit(1, m, F.cross_entropy, torch.optim.SGD(m.parameters(), 1.), batches, metrics=(), cbs=list(cbs), count=count, **quiet)
+    return w-m.weight.detach()
+
+def penalized(x, y):
+    torch.manual_seed(0); m = nn.Linear(6,3)
+    (F.cross_entropy(m(x), y)+.5*sum(p.pow(2).sum() for p in m.parameters())).backward()
+    return m.weight.grad
+
+@pytest.mark.parametrize('order', [-30,-15,-5,5])
+def test_a_penalty_is_not_scaled(order):
+    "Whatever comes first, Accumulate, AMP or the penalty, one update is the gradient of mean loss plus penalty"
+    x,y = data(64)
+    l2 = L2(); l2.order = order
+    want,parts = penalized(x, y),[(x[:40],y[:40]),(x[40:],y[40:])]
+    for cbs in [], [AMP(torch.float16)], [Accumulate(2)], [Accumulate(2), AMP(torch.float16)]:
+        got = first_update(parts if any(isinstance(c,Accumulate) for c in cbs) else [(x,y)], l2, *cbs)
+        assert torch.allclose(got, want, atol=2e-3 if len(cbs) and isinstance(cbs[-1],AMP) else 1e-6), (order, cbs)
+
+def test_accumulate_weighs_by_count():
+    "Batches with masked targets: as one batch, where PyTorch's mean is over the targets that count"
+    x,y = data(64); y[torch.rand(64, generator=torch.Generator().manual_seed(1))<torch.linspace(0,.9,64)] = -100
+    want = first_update([(x,y)])
+    got = first_update(list(zip(x.split(16), y.split(16))), Accumulate(4), count=lambda yb: (yb!=-100).sum())
+    assert torch.allclose(got, want, atol=1e-6)
+    assert not torch.allclose(first_update(list(zip(x.split(16), y.split(16))), Accumulate(4)), want, atol=1e-3)
+    y[:32] = -100                                       # whole batches count for nothing
+    want = first_update([(x,y)])
+    got = first_update(list(zip(x.split(16), y.split(16))), Accumulate(2), count=lambda yb: (yb!=-100).sum())
+    assert torch.allclose(got, want, atol=1e-6)
+
+class Shorter(Callback):
+    def before_epoch(self, run): run.batches = itertools.islice(run.batches, 7)
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self): yield from zip(*data(52))
+
+@pytest.mark.parametrize('dl,n,cbs,updates', [(DataLoader(Dataset(*data(52)),5),3,[Shorter()],9), (DataLoader(Stream(),5),3,[],12),
+    (DataLoader(Stream(),5),100,[],3), (list(zip(*(t.split(5) for t in data(52)))),4,[],9), (DataLoader(Dataset(*data(52)),5,drop_last=True),5,[],6)])
+def test_the_end_of_an_epoch_closes_a_group(dl, n, cbs, updates):
+    "Also of a shortened epoch and of a stream; and each update counts for a schedule and a clip"
+    took = []
+    class Watched(torch.optim.SGD):
+        def step(self, closure=None):
+            took.append(max(p.grad.norm().item() for p in model.parameters()))
+            return super().step(closure)
+    model = nn.Linear(6,3); opt = Watched(model.parameters(), .1)
+    sched = L.LambdaLR(opt, lambda i: 1.)
+    fit(3, model, F.cross_entropy, opt, dl, metrics=(), cbs=[Accumulate(n), ClipGrad(1e-3), Schedule(sched), *cbs], **quiet)
+    assert len(took)==updates and sched.last_epoch==updates and max(took)<=1.01e-3
+
+# The best weights
+
+class Set(Callback):
+    "Gives the model a known figure in each epoch"
+    def __init__(self, vals): self.vals = vals
+    def after_batch(self, run): run.model.bias.data.fill_(self.vals[run.epoch])
+
+def known(vals, *cbs, epochs=None):
+    m = nn.Linear(1,1); opt = torch.optim.SGD(m.parameters(), 0.)
+    def off(p, y): return m.bias.detach().sum()
+    x = torch.zeros(4,1)
+    out = fit(epochs or len(vals), m, lambda p,y: p.mean()*0+m.bias.sum(), opt, [(x,x)], [(x,x)], metrics=(off,), cbs=[Set(vals), *cbs], **quiet)
+    return m.bias.item(),out
+
+@pytest.mark.parametrize('cb,best', [(lambda: Best(), 1.), (lambda: Best('off'), 5.), (lambda: Best('off', min), 1.), (lambda: EarlyStop('valid_loss', 9, restore=True), 1.),
+                                     (lambda: EarlyStop('valid_loss', 2), 4.)])
+def test_best(cb, best, capsys):
+    bias,out = known([3.,5.,1.,2.,4.], cb())
+    assert bias==best and (out==(best,best) if best!=4. else out[0]==4.)
+    if best!=4.: assert f': {dict(off="off").get(cb().metric, "valid_loss")} {best:.4f}' in capsys.readouterr().out
+
+def test_best_over_a_resume_and_an_interruption(tmp_path):
+    def ctrl_c(run):
+        if run.epoch==3: raise KeyboardInterrupt
+    m = []
+    class Keep(Callback):
+        def before_fit(self, run): m.append(run.model)
+    with pytest.raises(KeyboardInterrupt): known([3.,1.,2.,4.,5.], Best(), Keep(), Each(ctrl_c), Checkpoint(tmp_path/'c', every=1))
+    assert m[0].bias.item()==1.                         # what was best so far
+    assert known([3.,1.,2.,4.,5.], Best(), Checkpoint(tmp_path/'c', every=1))==(1.,(1.,1.))

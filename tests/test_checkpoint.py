@@ -185,6 +185,31 @@ def test_finished_and_longer(tmp_path):
     h2 = History(); fit(9, *setup(), cbs=[h2,*stop()], **quiet)
     assert len(h.rows)==len(h2.rows)<9                  # a run that was stopped stays stopped
 
+def test_says_what_it_found(tmp_path, capsys):
+    def go(epochs, *cbs, lr=0.1, sched=None):
+        args = setup()
+        args[2].param_groups[0]['lr'] = lr
+        cbs = [*cbs, *([Schedule(sched(args[2]))] if sched else [])]
+        fit(epochs, *args, cbs=[*cbs, Checkpoint(tmp_path/'c', every=2)], **quiet)
+        return capsys.readouterr().out,args[2].param_groups[0]['lr']
+    assert go(2)==('',0.1)
+    out,lr = go(2)
+    assert 'the run of 2 epochs is finished; nothing is left to do. Remove the file' in out and lr==0.1
+    out,lr = go(3, lr=0.05)
+    assert 'a finished run of 2 epochs, going on to 3' in out and 'the learning rate stays [0.1]' in out and '[0.05] is for a new run' in out and lr==0.1
+    (tmp_path/'c').unlink()
+    class Stop(Callback):
+        def after_epoch(self, run): run.stop = run.epoch==1
+    go(4, Stop())
+    assert 'stopped by a callback after 1 epochs; nothing is left to do' in go(4, Stop())[0]
+    for sched in (lambda o: L.OneCycleLR(o, 0.1, total_steps=2*9), lambda o: L.CosineAnnealingLR(o, 2*9)):
+        (tmp_path/'c').unlink()
+        go(2, sched=sched)
+        with pytest.raises(RuntimeError, match='of 18 steps at its end, so there is no learning rate for 3 epochs'): go(3, sched=sched)
+    (tmp_path/'c').unlink()
+    go(2, sched=lambda o: L.StepLR(o, 5))              # has no end
+    assert 'going on to 3' in go(3, sched=lambda o: L.StepLR(o, 5))[0]
+
 def test_share(tmp_path, monkeypatch):
     now,saved,save = [0.],[],C._save
     def slow(state, path): saved.append((state['epoch'],state['batch'])); now[0] += 1; save(state, path)
@@ -392,7 +417,7 @@ def test_seconds_go_on(tmp_path, monkeypatch):
         h = History()
         fit(1, *setup(), cbs=[h, Tick(tick), Checkpoint(tmp_path/'c', 2), *cbs], **quiet)
         return h.rows
-    go(10, At(5, ctrl_c))                               # 4 of 9 batches are in the file, 40 s
+    with pytest.raises(KeyboardInterrupt): go(10, At(5, ctrl_c))                               # 4 of 9 batches are in the file, 40 s
     now[0] = 1e6
     assert go(1)[0]['seconds']==40+5
 
@@ -409,7 +434,7 @@ def test_parameters_beside_the_model(tmp_path):
         torch.manual_seed(0); fit(3, *args, cbs=cbs, **quiet)
         return weights(args[0]),loss.c.detach().clone()
     a = go(1)
-    go(1, Checkpoint(tmp_path/'c', 2), At(14, ctrl_c))
+    with pytest.raises(KeyboardInterrupt): go(1, Checkpoint(tmp_path/'c', 2), At(14, ctrl_c))
     b = go(5, Checkpoint(tmp_path/'c', 2))
     assert same(a[0], b[0]) and torch.equal(a[1], b[1])
     with pytest.raises(RuntimeError, match=r'others is \[\[3, 3\]\], here \[\]'): fit(3, *setup(), cbs=Checkpoint(tmp_path/'c'), **quiet)
@@ -427,7 +452,7 @@ def test_generators_of_samplers(tmp_path, where):
         torch.manual_seed(2); fit(3, *args, cbs=cbs, **quiet)
         return weights(args[0])
     a = go(1)
-    go(1, Checkpoint(tmp_path/'c', 2), At(14, ctrl_c))
+    with pytest.raises(KeyboardInterrupt): go(1, Checkpoint(tmp_path/'c', 2), At(14, ctrl_c))
     assert same(a, go(5, Checkpoint(tmp_path/'c', 2)))
     go(1, Checkpoint(tmp_path/'d'))
     assert same(a, go(7, Checkpoint(tmp_path/'d')))
@@ -438,7 +463,7 @@ def test_persistent_workers(tmp_path):
         torch.manual_seed(0); fit(3, *args, cbs=cbs, **quiet)
         return weights(args[0])
     a = go()
-    go(Checkpoint(tmp_path/'c', 2), At(8, ctrl_c))
+    with pytest.raises(KeyboardInterrupt): go(Checkpoint(tmp_path/'c', 2), At(8, ctrl_c))
     assert same(a, go(Checkpoint(tmp_path/'c', 2), seed=5))
 
 @pytest.mark.parametrize('loader', ['ours','torch','list','generators'])
@@ -455,7 +480,7 @@ def test_resume_with(tmp_path, loader, opt):
     whole = make(1); fit(3, *whole, cbs=[AMP(), EarlyStop('train_loss')], **quiet)
     torch.manual_seed(0)
     args = make(1)
-    fit(3, *args, cbs=[AMP(), EarlyStop('train_loss'), Checkpoint(tmp_path/'c', 3), At(17, ctrl_c)], **quiet)
+    with pytest.raises(KeyboardInterrupt): fit(3, *args, cbs=[AMP(), EarlyStop('train_loss'), Checkpoint(tmp_path/'c', 3), At(17, ctrl_c)], **quiet)
     dl = args[3] if loader=='list' else None
     args = make(8)
     if dl: args = (*args[:3], dl)
@@ -473,7 +498,7 @@ def test_schedules(tmp_path, sched):
         fit(3, *args, cbs=[Schedule(SCHEDS[sched](args[2])), *cbs], **quiet)
         return weights(args[0]),args[2].param_groups[0]['lr']
     a = go()
-    go(Checkpoint(tmp_path/'c', 2), At(14, ctrl_c))
+    with pytest.raises(KeyboardInterrupt): go(Checkpoint(tmp_path/'c', 2), At(14, ctrl_c))
     b = go(Checkpoint(tmp_path/'c', 2))
     assert same(a[0], b[0]) and a[1]==b[1]
 
@@ -483,6 +508,7 @@ def test_cuda(tmp_path):
         a = setup(seed=seed); a[0].cuda()
         return a
     whole = make(); fit(3, *whole, [data()], cbs=AMP(), **quiet)
-    args = make(); fit(3, *args, [data()], cbs=[AMP(), Checkpoint(tmp_path/'c', 2), At(14, ctrl_c)], **quiet)
+    args = make()
+    with pytest.raises(KeyboardInterrupt): fit(3, *args, [data()], cbs=[AMP(), Checkpoint(tmp_path/'c', 2), At(14, ctrl_c)], **quiet)
     args = make(7); fit(3, *args, [data()], cbs=[AMP(), Checkpoint(tmp_path/'c', 2)], **quiet)
     assert same(weights(whole[0]), weights(args[0])) and args[0][0].weight.is_cuda
