@@ -8,19 +8,17 @@ __all__ = ['accuracy', 'report']
 # %% ../nbs/03_loop.ipynb #b411bab9
 import torch
 from torch import Tensor
+from .losses import _check
 
 # %% ../nbs/03_loop.ipynb #f35e8ccb
-def accuracy(out:Tensor, # scores, shape (n, n_classes)
-             yb:Tensor # labels, shape (n,), integers; outside [0,n_classes) counts as wrong
+def accuracy(out:Tensor, # scores, shape (C,), (N,C) or (N,C,...), as cross_entropy takes them
+             yb:Tensor # labels, integers, the shape of `out` without C; outside [0,C) is wrong
             )->Tensor: # 0-d float32, `nan` if there are no rows
     "Share of the rows of `out` whose largest score is at the label"
-    if out.shape[:-1]!=yb.shape:
-        raise ValueError(f'scores of shape {tuple(out.shape)} need labels of shape '
-                         f'{tuple(out.shape[:-1])}, one per row; got {tuple(yb.shape)}')
-    if out.shape[-1]<2: raise ValueError(f'need at least 2 classes; got {tuple(out.shape)}')
-    if yb.is_floating_point(): raise ValueError(f'labels must be integers; got {yb.dtype}')
-    best,idx = out.max(-1)
-    return ((idx==yb.long()) & ~best.isnan()).float().mean()
+    dim,yb = _check(out.float(), yb)
+    if out.shape[dim]<2: raise ValueError(f'need at least 2 classes; got {tuple(out.shape)}')
+    best,idx = out.max(dim, keepdim=True)
+    return ((idx==yb) & ~best.isnan()).float().mean()
 
 # %% ../nbs/03_loop.ipynb #4d103ece
 def report(loss:Tensor, # a loss, 0-d tensor or number

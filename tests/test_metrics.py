@@ -34,10 +34,16 @@ def test_like_pytorch():
     assert accuracy(out.requires_grad_(), yb).requires_grad is False
     assert accuracy(torch.randint(0,9,(5,3)), torch.zeros(5, dtype=torch.int64)).shape==()
 
-def test_classes_are_the_last_dim(): # a sequence of labels per row, as language models have it
-    out,yb = torch.randn(4,7,10),torch.randint(0,10,(4,7))
-    assert accuracy(out, yb).item()==pytest.approx(brute(out, yb), abs=1e-6)
-    assert accuracy(out[0,0], yb[0,0]) in (0,1)
+@pytest.mark.parametrize('shape', [(10,), (4,10), (4,10,7), (2,10,3,5)])
+@pytest.mark.parametrize('dtype', INTS)
+def test_classes_are_where_cross_entropy_has_them(shape, dtype):
+    dim = int(len(shape)>1)
+    out,yb = torch.randn(shape),torch.randint(0, 10, shape[:dim]+shape[dim+1:])
+    guess = out.argmax(dim)
+    yb = torch.where(torch.rand(yb.shape)<.5, guess, yb)
+    F.cross_entropy(out, yb)                # the same shapes fit there
+    assert accuracy(out, yb.to(dtype)).item()==pytest.approx(brute(out.movedim(dim, -1), yb), abs=1e-6)
+    assert accuracy(out, guess.to(dtype))==1
 
 def test_empty_batch_is_nan():
     a = accuracy(torch.zeros(0,10), torch.zeros(0, dtype=torch.int64))
@@ -49,14 +55,18 @@ def test_a_blown_up_net_gets_nothing():
     out[0] = torch.tensor([math.inf]+[-math.inf]*9)
     assert accuracy(out, yb).item()==pytest.approx(1/50)
 
-@pytest.mark.parametrize('yshape', [(63,), (65,), (64,1), (1,64), (64,10), (1,), ()])
-def test_shapes_that_do_not_agree(yshape):
+@pytest.mark.parametrize('yshape,fix', [((63,),''), ((65,),''), ((64,1),'use target.squeeze(1)'), ((1,64),'use target.squeeze(0)'), ((64,10),'use target.argmax(1)'), ((1,),''), ((),'')])
+def test_shapes_that_do_not_agree(yshape, fix):
     with pytest.raises(ValueError) as e: accuracy(torch.zeros(64,10), torch.zeros(yshape, dtype=torch.int64))
-    for part in ('(64, 10)', '(64,)', f'one per row; got {tuple(yshape)}'): assert part in str(e.value)
+    for part in ('(64, 10)', '(64,)', f'target has shape {yshape}', fix): assert part in str(e.value)
+    assert bool(fix)==('use' in str(e.value))
+
+def test_words_with_the_classes_last():
+    with pytest.raises(ValueError, match=r'use input.transpose\(1,2\)$'): accuracy(torch.zeros(4,7,11), torch.zeros(4,7).long())
 
 @pytest.mark.parametrize('dtype', FLOATS)
 def test_floating_labels(dtype):
-    with pytest.raises(ValueError, match=f'integers; got {dtype}'): accuracy(torch.zeros(8,10), torch.full((8,), 2., dtype=dtype))
+    with pytest.raises(ValueError, match=f'{dtype}.*target.long'): accuracy(torch.zeros(8,10), torch.full((8,), 2., dtype=dtype))
 
 @pytest.mark.parametrize('loss', [0.25, torch.tensor(0.25), torch.tensor(0.25, requires_grad=True), torch.tensor(0.25, dtype=torch.bfloat16)])
 def test_report(loss, capsys, recwarn):
@@ -65,6 +75,6 @@ def test_report(loss, capsys, recwarn):
 
 def test_report_wants_one_loss(capsys):
     with pytest.raises(RuntimeError, match='4 elements'): report(torch.ones(4), torch.eye(4), torch.arange(4))
-    with pytest.raises(ValueError, match='one per row'): report(1., torch.eye(4), torch.arange(3))
+    with pytest.raises(ValueError, match='one class per row'): report(1., torch.eye(4), torch.arange(3))
     report(math.nan, torch.eye(4), torch.arange(4))
     assert capsys.readouterr().out=='loss nan, accuracy 1.000\n'
