@@ -5,26 +5,38 @@
 # %% auto #0
 __all__ = ['Optimizer', 'SGD']
 
-# %% ../nbs/05_optim.ipynb #0c90f060
-import math, torch
+# %% ../nbs/05_optim.ipynb #882ef82c
+import copy, math, torch
 from collections import defaultdict
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/05_optim.ipynb #53d4575f
+# %% ../nbs/05_optim.ipynb #a04da75a
 class Optimizer(torch.optim.Optimizer):
-    "Gradient descent: `step` moves each parameter against its gradient, `zero_grad` forgets the gradients"
+    "Gradient descent: `step` moves each parameter against its gradient"
     def __init__(self,
-                 params, # tensors to train, such as `model.parameters()`, or a list of dicts (groups) with options of their own
+                 params, # tensors, such as `model.parameters()`, or a list of groups (dicts)
                  lr:float, # learning rate: by how much of its gradient a parameter moves
-                 **options): # further options that a subclass knows, for all groups that do not set them
-        if isinstance(params, (Tensor,nn.Module,dict,set)):
-            raise TypeError(f"params is a {type(params).__name__}: expected tensors in order, such as model.parameters() or [w]")
-        params = list(params)       # a generator would be used up by the first walk
-        self.defaults,self.state,self.param_groups = dict(lr=lr, **options),defaultdict(dict),[]
-        for group in params if params and isinstance(params[0], dict) else [dict(params=params)]: self.add_param_group(group)
+                 **options): # of a subclass, for all groups that do not set them
+        self.defaults,self.state = dict(lr=lr, **options),defaultdict(dict)
+        self.param_groups = []
+        groups = _listed(params)
+        if not (groups and isinstance(groups[0], dict)): groups = [dict(params=groups)]
+        for group in groups: self.add_param_group(group)
         if not any(group['params'] for group in self.param_groups):
-            raise ValueError("No parameters to train. Layers in a plain Python list are not registered: use nn.ModuleList or nn.Sequential")
+            raise ValueError('No parameters to train. Layers in a plain Python list are not '
+                             'registered: use nn.ModuleList')
+
+    def __setstate__(self, state): self.__dict__.update(state)       # of a copy
+
+    def add_param_group(self,
+                        group:dict): # `params`, and the options that are theirs alone
+        "Train more parameters, with options of their own"
+        group = {**self.defaults, **group, 'params':_listed(group['params'])}
+        self.check(group)
+        self.param_groups.append(group)
+
+    def check(self, group): "Refuse tensors and options that cannot train"
 
     @torch.no_grad()
     def step(self):
@@ -32,12 +44,10 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             ps = [p for p in group['params'] if p.grad is not None]
             gs = [p.grad for p in ps]
-            if any(g.is_sparse for g in gs):
-                raise NotImplementedError("Sparse gradient: this optimizer needs dense ones; create nn.Embedding with sparse=False")
             if ps: torch._foreach_add_(ps, self.direction(ps, gs, group), alpha=-group['lr'])
 
     def direction(self, ps:list, gs:list, group:dict)->list:
-        "What to subtract, times lr, from the parameters `ps` with gradients `gs` and the options in `group`"
+        "What to subtract, times lr, from `ps` with gradients `gs` and the options in `group`"
         return gs
 
     def zero_grad(self):
@@ -45,100 +55,89 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group['params']: p.grad = None
 
-# %% ../nbs/05_optim.ipynb #a3ef2722
-@patch
-def check(self:Optimizer,
-          group:dict): # the options of one group
-    "Refuse options that cannot train"
-    if not 0 <= group['lr'] < math.inf: raise ValueError(f"lr={group['lr']}: expected a finite number of at least 0, such as 0.1")
+# %% ../nbs/05_optim.ipynb #4b64b04a
+def _listed(params):
+    "`params` as a list: a generator would be used up by the first walk"
+    if isinstance(params, (nn.Module, set)):
+        raise TypeError(f'params is a {type(params).__name__}: pass model.parameters()')
+    return [params] if isinstance(params, Tensor) else list(params)
 
-# %% ../nbs/05_optim.ipynb #d7650117
-@patch
-def add_param_group(self:Optimizer,
-                    group:dict): # `params`, and the options in which this group differs from the others
-    "Train more parameters, with options of their own"
-    if not isinstance(group, dict) or 'params' not in group: raise TypeError("A group must be a dict with its tensors under 'params'")
-    ps = group['params']
-    if isinstance(ps, (nn.Module,dict,set)):
-        raise TypeError(f"params is a {type(ps).__name__}: expected tensors in order, such as model.parameters() or [w]")
-    group = {**self.defaults, **group, 'params': [ps] if isinstance(ps, Tensor) else list(ps)}
-    self.check(group)
-    seen = {p for g in self.param_groups for p in g['params']}
-    for i,p in enumerate(group['params']):
-        if not isinstance(p, Tensor): raise TypeError(f"Parameter {i} is a {type(p).__name__}, not a tensor: pass model.parameters()")
-        if not p.is_leaf: raise ValueError(f"Parameter {i}, shape {tuple(p.shape)}, is no leaf: it was computed from other tensors and "
-                                           "gets no gradient. Train those, or call .detach().requires_grad_() on it first")
-        if p.is_complex(): raise TypeError(f"Parameter {i}, shape {tuple(p.shape)}, is {p.dtype}: complex parameters, and so complex "
-                                           "gradients, are not supported. Train torch.view_as_real of it")
-        if p in seen: raise ValueError(f"Parameter {i}, shape {tuple(p.shape)}, is given twice and would move twice in each step: "
-                                       "list it once, as model.parameters() does with shared weights")
-        seen.add(p)
-    self.param_groups.append(group)
-
-# %% ../nbs/05_optim.ipynb #e8d9bce2
+# %% ../nbs/05_optim.ipynb #b51d6ab7
 class SGD(Optimizer):
-    "Stochastic gradient descent with momentum, weight decay and Nesterov's look ahead, as `torch.optim.SGD`"
+    "Stochastic gradient descent with momentum, weight decay and Nesterov's look ahead"
     def __init__(self,
-                 params, # tensors to train, such as `model.parameters()`, or a list of dicts (groups) with options of their own
+                 params, # tensors, such as `model.parameters()`, or a list of groups (dicts)
                  lr:float, # learning rate: by how much of its direction a parameter moves
                  momentum:float=0, # share of the last direction that is kept, in [0,1)
                  weight_decay:float=0, # pull towards 0, as a multiple of the parameter
                  nesterov:bool=False): # look one step ahead? needs momentum
-        super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay, nesterov=nesterov, dampening=0)
-
-    def check(self, group):
-        super().check(group)
-        mom,wd = group['momentum'],group['weight_decay']
-        if not 0 <= mom < 1: raise ValueError(f"momentum={mom}: expected a number in [0,1), such as 0.9; from 1 on, speed never decays")
-        if not 0 <= wd < math.inf: raise ValueError(f"weight_decay={wd}: expected a finite number of at least 0, such as 1e-4")
-        if group['nesterov'] and not mom: raise ValueError("nesterov=True looks ahead along the momentum: give momentum too, such as 0.9")
-        if group['dampening'] or group.get('maximize'): raise ValueError("dampening and maximize are not supported: use torch.optim.SGD")
+        super().__init__(params, lr, momentum=momentum, weight_decay=weight_decay,
+                         nesterov=nesterov, dampening=0)
 
     def direction(self, ps, gs, group):
-        mom = group['momentum']
-        if group['weight_decay']: gs = torch._foreach_add(gs, ps, alpha=group['weight_decay'])   # a new list: p.grad stays as it is
+        mom,wd = group['momentum'],group['weight_decay']
+        if wd: gs = torch._foreach_add(gs, ps, alpha=wd)   # a new list: p.grad stays as it is
         if not mom: return gs
-        for p in ps:     # old versions of PyTorch save a buffer of None
-            if self.state[p].get('momentum_buffer') is None: self.state[p]['momentum_buffer'] = torch.zeros_like(p)
+        for p in ps:
+            if 'momentum_buffer' not in self.state[p]:
+                self.state[p]['momentum_buffer'] = torch.zeros_like(p)
         bufs = [self.state[p]['momentum_buffer'] for p in ps]
         torch._foreach_mul_(bufs, mom)
         torch._foreach_add_(bufs, gs)
         return torch._foreach_add(gs, bufs, alpha=mom) if group['nesterov'] else bufs
 
-# %% ../nbs/05_optim.ipynb #08438027
+# %% ../nbs/05_optim.ipynb #406e1726
 @patch
-def state_dict(self:Optimizer
-              )->dict: # `state` by number of the parameter, and `param_groups`; holds the tensors themselves, no copies
-    "What it takes to go on later, in PyTorch's format"
-    num = {p:i for i,p in enumerate(p for g in self.param_groups for p in g['params'])}
-    return dict(state={num[p]: dict(s) for p,s in self.state.items()},
-                param_groups=[{**g, 'params': [num[p] for p in g['params']]} for g in self.param_groups])
+def state_dict(self:Optimizer)->dict: # `state` by number of the parameter, and `param_groups`
+    "What it takes to go on later, in PyTorch's format; no copies"
+    number = {p:i for i,p in enumerate(p for g in self.param_groups for p in g['params'])}
+    groups = [{**g, 'params': [number[p] for p in g['params']]} for g in self.param_groups]
+    return dict(state={number[p]: dict(s) for p,s in self.state.items()}, param_groups=groups)
 
-# %% ../nbs/05_optim.ipynb #80303af6
+# %% ../nbs/05_optim.ipynb #29245b77
 @patch
 def load_state_dict(self:Optimizer,
-                    sd:dict): # from `state_dict`, ours or that of PyTorch's optimizer of the same kind
-    "Go on from saved options and state, or refuse what does not fit these parameters"
-    if not {'state','param_groups'} <= sd.keys():
-        raise ValueError(f"No state_dict of an optimizer: expected keys 'state' and 'param_groups', got {[*sd][:3]}")
-    groups = list(zip(self.param_groups, sd['param_groups']))
-    own,saved = ([len(g['params']) for g in gs] for gs in (self.param_groups, sd['param_groups']))
-    if own != saved: raise ValueError(f"The state_dict's groups have {saved} parameters, ours {own}: it is from another model")
-    for _,new in groups:
-        if lost := sorted(self.defaults.keys()-new.keys()): raise ValueError(f"The state_dict lacks {lost}: it is from another optimizer")
-        self.check(new)
-    params,state = {i:p for g,new in groups for i,p in zip(new['params'], g['params'])},defaultdict(dict)
-    for i,s in sd['state'].items():
-        if i not in params: raise ValueError(f"The state_dict has state for parameter {i}, but its groups do not list it")
-        for k,v in s.items():
-            p = params[i]
-            if isinstance(v, Tensor) and v.shape not in ((), p.shape):     # (): a number, such as a count of steps
-                raise ValueError(f"{k} of parameter {i} has shape {tuple(v.shape)}, expected {tuple(p.shape)}: it is from another model")
-            if isinstance(v, Tensor): v = v.to(p, copy=True) if v.shape==p.shape else v.clone()
-            state[p][k] = v
-    self.state = state
-    for g,new in groups: g.update({k:v for k,v in new.items() if k != 'params'})
+                    sd:dict): # from `state_dict`, ours or PyTorch's
+    "Go on from saved options and state"
+    own   = [len(g['params']) for g in self.param_groups]
+    saved = [len(g['params']) for g in sd.get('param_groups', ())]
+    if saved != own:
+        raise ValueError(f'Groups of {saved} parameters, expected {own}: is it from this model?')
+    for group in sd['param_groups']: self.check({**group, 'params':[]})
+    self.state.clear()
+    for group,new in zip(self.param_groups, sd['param_groups']):
+        for p,i in zip(group['params'], new['params']):
+            for k,v in sd['state'].get(i, {}).items():
+                is_buffer = isinstance(v, Tensor) and v.shape==p.shape
+                self.state[p][k] = v.to(p, copy=True) if is_buffer else copy.deepcopy(v)
+        group.update({**new, 'params':group['params']})
 
-# %% ../nbs/05_optim.ipynb #8ef2f4a9
+# %% ../nbs/05_optim.ipynb #f7e92f04
+def _within(group, name, end):
+    "Refuse an option that is not from 0 to below `end`"
+    if not 0 <= group.get(name, math.nan) < end:
+        raise ValueError(f'{name}={group.get(name)}: expected a number from 0 to below {end}')
+
 @patch
-def __setstate__(self:Optimizer, state): self.__dict__.update(state)
+def check(self:Optimizer, group:dict): # `params` and options
+    "Refuse tensors and options that cannot train"
+    _within(group, 'lr', math.inf)
+    seen = {p for g in self.param_groups for p in g['params']}
+    for i,p in enumerate(group['params']):
+        if not isinstance(p, Tensor):
+            raise TypeError(f'Parameter {i} is a {type(p).__name__}: pass model.parameters()')
+        name = f'Parameter {i}, shape {tuple(p.shape)},'
+        if not p.is_leaf: raise ValueError(f'{name} was computed: train what it comes from')
+        if p in seen: raise ValueError(f'{name} is given twice, and would move twice a step')
+        seen.add(p)
+
+@patch
+def check(self:SGD, group:dict): # `params` and options
+    "Refuse tensors and options that cannot train"
+    Optimizer.check(self, group)
+    _within(group, 'momentum', 1)
+    _within(group, 'weight_decay', math.inf)
+    if group['nesterov'] and not group['momentum']:
+        raise ValueError('nesterov=True looks ahead along the momentum: give momentum=0.9 too')
+    if group['dampening'] or group.get('maximize'):
+        raise ValueError('dampening and maximize are not supported: use torch.optim.SGD')
