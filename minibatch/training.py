@@ -150,7 +150,7 @@ def predict(model:nn.Module, # is in `eval` mode meanwhile
     with _eval_mode(model) as device:
         for batch in dl:
             parts = [batch] if isinstance(batch, Tensor) else batch
-            if isinstance(parts, (tuple,list)) and len(parts)==1: parts = [*parts,None]
+            if isinstance(parts, (tuple,list)) and len(parts)==1: parts = [*parts,*parts]
             xb,yb,_ = _unpack(parts, model, device, count=lambda yb: 1)
             if isinstance(dl, Tensor) or not getattr(yb, 'ndim', 1): raise ValueError(
                 f'Expected batches, as [x], not single examples; got {_what(batch)}')
@@ -336,8 +336,7 @@ def _rehearse(run):
     "Try a batch of validation, so that what does not fit is heard at once; leave no trace"
     dl = run.valid_dl
     stream = isinstance(getattr(dl,'dataset',0), torch.utils.data.IterableDataset)
-    if stream or hasattr(dl,'__next__') or operator.length_hint(dl, -1)<0:
-        return                                                # its batch might be lost
+    if stream or hasattr(dl,'__next__') or operator.length_hint(dl, -1)<0: return
     rng,bufs = _get_rng(dl),[(m._buffers, k, b, b.clone()) for m in run.model.modules()
                              for k,b in m._buffers.items() if b is not None]
     metrics = [m for m in run.metrics if not isinstance(m, whole)]
@@ -397,12 +396,12 @@ class History(Callback):
         if not self.rows: raise ValueError('There are no rows to plot: give this to fit first')
         keys = [k for k in self.rows[0] if k not in ('epoch','seconds')]
         losses = [k for k in keys if k.endswith('_loss')]
-        metrics = [k for k in keys if k not in losses]
-        n = 1+bool(metrics)
+        n = 1+(losses!=keys)
         _,axs = plt.subplots(1, n, figsize=(4.5*n,3), squeeze=False, layout='tight')
-        for ax,title,names in zip(axs[0], ('Loss','Metrics'), (losses,metrics)):
-            for k in names:
-                ax.plot(range(1, len(self.rows)+1), [r[k] for r in self.rows], 'o-', label=k)
+        for k in keys:
+            ax = axs[0,0 if k in losses else 1]
+            ax.plot(range(1, len(self.rows)+1), [r[k] for r in self.rows], 'o-', label=k)
+        for ax,title in zip(axs[0], ('Loss','Metrics')):
             ax.set(title=title, xlabel='epoch', ylabel='over all examples')
             ax.locator_params('x', integer=True)
             ax.legend()
