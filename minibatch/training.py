@@ -6,7 +6,7 @@
 __all__ = ['whole', 'evaluate', 'predict', 'Callback', 'Run', 'train_step', 'fit', 'Progress', 'History']
 
 # %% ../nbs/07_fit.ipynb #7742e4ad
-import builtins, inspect, math, operator, time
+import builtins, inspect, itertools, math, operator, time
 import numpy as np, torch
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -27,11 +27,10 @@ def _what(o):
 
 def _weight(count, x, yb):
     "`count(yb)` as a number; `x` is the first input"
-    array = isinstance(yb, (Tensor,np.ndarray)) and yb.ndim
     one_each = isinstance(yb, (list,tuple)) and len(yb)==operator.length_hint(x, -1)
-    if count is len and not array and not one_each:
+    if count is len and not (one_each or getattr(yb, 'ndim', 0)):
         raise ValueError('The target should have a length, that of the inputs, or else give '
-                         f'count=, such as count=lambda yb: len(yb["box"]); got {_what(yb)}')
+                         f'count=; got {_what(yb)}')
     n = len(yb) if count is len else float(count(yb))
     if 0<=n<math.inf: return n
     raise ValueError(f'count gave {n} for {_what(yb)}; expected a weight of at least 0')
@@ -40,26 +39,25 @@ def _weight(count, x, yb):
 def _by_name(model, batch):
     "Are the inputs in a dict called as arguments of `forward` are? All of them, or none"
     params = inspect.signature(model.forward).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in params.values()): return True
     *inputs,_ = batch
     known = [k for k in batch if k in params]
+    if any(p.kind is p.VAR_KEYWORD for p in params.values()): return True
     if known in ([],inputs): return bool(known)
-    raise ValueError(f'{type(model).__name__}.forward has {known} of the batch {[*batch]}: all '
-                     'inputs should be called as its arguments, and the last, the target, not')
+    raise ValueError(f'{_name(model)}.forward has {known} of the batch {[*batch]}: all inputs '
+                     'should be called as its arguments, and the last, the target, not')
 
 def _unpack(batch, model, device, count=len):
     "Inputs (a list, or a dict if they go by name), target and weight of a batch, on `device`"
-    def move(t): return t.to(device, non_blocking=device.type=='cuda')
+    def move(o):
+        if isinstance(o, Tensor): return o.to(device, non_blocking=device.type=='cuda')
+        return tree_map_only(Tensor, move, o)
     named = isinstance(batch, Mapping)
     parts = [*batch.values()] if named else batch
-    if not isinstance(parts, (tuple,list)) or len(parts)<2:
-        raise ValueError('A batch should hold the inputs first and the target last, as '
-                         f'(xb, yb); got {_what(batch)}')
+    if not isinstance(parts, (tuple,list)) or len(parts)<2: raise ValueError(
+        f'A batch should hold the inputs first and the target last; got {_what(batch)}')
     n = _weight(count, parts[0], parts[-1])       # before it moves: a GPU need not be asked
-    *xb,yb = [move(p) if isinstance(p, Tensor) else tree_map_only(Tensor, move, p)
-              for p in parts]
-    if named and _by_name(model, batch): xb = dict(zip(batch, xb))
-    return xb,yb,n
+    *xb,yb = map(move, parts)
+    return dict(zip(batch, xb)) if named and _by_name(model, batch) else xb,yb,n
 
 def _forward(model, xb): return model(**xb) if isinstance(xb, dict) else model(*xb)
 
@@ -81,11 +79,9 @@ class _Means:
         self.wait = []
     def __call__(self):
         self.read()
-        if not self.n: raise ValueError(_nothing)
-        return tuple(s/self.n for s in self.sums)
-
-_nothing = ('The loader gave no batches (is it a generator, used up, or smaller than one batch '
-            'with drop_last=True?), or `count` gave each of them the weight 0')
+        if self.n: return tuple(s/self.n for s in self.sums)
+        raise ValueError('The loader gave no batches (a generator, used up? drop_last=True?), '
+                         'or `count` gave each of them the weight 0')
 
 def _numbers(vals): # tensors are read from their device all at once
     if all(isinstance(v, Tensor) for v in vals): return torch.stack(vals).tolist()
@@ -106,9 +102,9 @@ def _score(fs, preds, yb):
     "What each of `fs` says, one number; an error names it, and the shapes"
     for f in fs:
         try: v = f(preds, yb)
-        except Exception as e:
-            raise ValueError(f'{_name(f)} failed, with {_what(preds)} as predictions and '
-                             f'{_what(yb)} as target: {type(e).__name__}: {e}') from e
+        except Exception as e: raise ValueError(
+            f'{_name(f)} failed, with {_what(preds)} as predictions and {_what(yb)} as target'
+            f': {type(e).__name__}: {e}') from e
         if getattr(v, 'ndim', 0) or not hasattr(v, '__float__'):
             raise ValueError(f'{_name(f)} should give one number per batch; got {_what(v)}')
         yield v
@@ -150,16 +146,14 @@ def predict(model:nn.Module, # is in `eval` mode meanwhile
             dl # batches as for `evaluate`, or of inputs alone: `xb` or `(xb,)`
            ): # shape (n, ...), on the model's device; a tuple or dict if the model gives one
     "Predictions for all of `dl`; the last part of a batch, the target, is left out"
-    if isinstance(dl, Tensor): raise ValueError(f'Expected batches, as [x]; got {_what(dl)}')
     preds = []
     with _eval_mode(model) as device:
         for batch in dl:
-            if isinstance(batch, Tensor): batch = [batch]
-            if isinstance(batch, (tuple,list)) and len(batch)==1:
-                batch = [*batch,*batch]                  # the inputs stand in for the target
-            xb,yb,_ = _unpack(batch, model, device, count=lambda yb: 1)
-            if not getattr(yb, 'ndim', 1):
-                raise ValueError(f'Expected batches, not single examples; got {_what(batch)}')
+            parts = [batch] if isinstance(batch, Tensor) else batch
+            if isinstance(parts, (tuple,list)) and len(parts)==1: parts = [*parts,*parts]
+            xb,yb,_ = _unpack(parts, model, device, count=lambda yb: 1)
+            if isinstance(dl, Tensor) or not getattr(yb, 'ndim', 1): raise ValueError(
+                f'Expected batches, as [x], not single examples; got {_what(batch)}')
             preds.append(_forward(model, xb))
     if not preds: raise ValueError('Nothing to predict: the loader gave no batches')
     return _cat(preds)
@@ -172,9 +166,9 @@ class Callback:
     order = 0      # at each hook, callbacks of lower order come first
     def __init_subclass__(cls):
         for name in vars(cls):
-            if name.startswith(('before_','after_')) and name not in Callback.hooks:
+            if name.startswith(('before_','after_')) and name not in cls.hooks:
                 raise TypeError(f'{cls.__name__}.{name}: there is no such hook; expected one '
-                                f'of {", ".join(Callback.hooks)}')
+                                f'of {", ".join(cls.hooks)}')
 
 # %% ../nbs/07_fit.ipynb #6d42d23f
 class Run:
@@ -185,8 +179,8 @@ class Run:
         self.train_dl,self.valid_dl,self.count = train_dl,valid_dl,count
         self.metrics = _list(metrics)
         self.names = [_name(m) for m in self.metrics]
-        own = ['valid_loss',*self.names] if valid_dl is not None else [
-            f'train_{k}' for k in self.names]
+        own = ['valid_loss',*self.names]
+        if valid_dl is None: own = [f'train_{k}' for k in self.names]
         self.columns = ['epoch','train_loss',*own,'seconds']            # of the table
         self.device = next(model.parameters(), torch.empty(0)).device
         self.epoch,self.batch = 0,0         # epochs done, and batches of the running one
@@ -198,29 +192,26 @@ class Run:
     @property
     def lr(self): return self.opt.param_groups[0]['lr']
     def params(self): return [p for g in self.opt.param_groups for p in g['params']]
-    def others(self): # the optimizer's parameters that are not the model's: a loss may have some
+    def others(self): # those that are not the model's: a loss may have some
         own = {*self.model.parameters()}
         return [p for p in self.params() if p not in own]
+    def walk(self, batches):
+        "Inputs, target, weight, and of how many batches: those of weight 0 are left out"
+        walked,self.ended = 0,False
+        for batch in batches:
+            xb,yb,n = _unpack(batch, self.model, self.device, self.count)
+            walked += 1
+            if n:
+                yield xb,yb,n,walked
+                walked = 0
+        self.ended = True                  # there is nothing more to come in this epoch
 
 def _call(cb, hook, run):
     "Call a hook of `cb`; its errors say where they come from"
     try: getattr(cb, hook)(run)
-    except Exception as e:
-        raise RuntimeError(f'{type(cb).__name__}.{hook} failed after {run.epoch} epochs and '
-                           f'{run.batch} batches: {type(e).__name__}: {e}') from e
-
-# %% ../nbs/07_fit.ipynb #f14walk
-@patch
-def walk(self:Run, batches):
-    "Inputs, target, weight, and how many batches that were; those of weight 0 are left out"
-    walked,self.ended = 0,False
-    for batch in batches:
-        walked += 1
-        xb,yb,n = _unpack(batch, self.model, self.device, self.count)
-        if n:
-            yield xb,yb,n,walked
-            walked = 0
-    self.ended = True                  # there is nothing more to come in this epoch
+    except Exception as e: raise RuntimeError(
+        f'{_name(cb)}.{hook} failed after {run.epoch} epochs and {run.batch} batches: '
+        f'{type(e).__name__}: {e}') from e
 
 # %% ../nbs/07_fit.ipynb #5e2cb893
 def train_step(run:Run # with the batch in `run.xb` and `run.yb`
@@ -228,13 +219,12 @@ def train_step(run:Run # with the batch in `run.xb` and `run.yb`
     "Forward, loss, backward, update: one batch of training"
     run.update,run.scale,run.preds = True,1.,_forward(run.model, run.xb)
     run.loss = run.loss_func(run.preds, run.yb)
-    if not getattr(run.loss, 'requires_grad', False) or run.loss.ndim:
-        raise ValueError(f'loss_func gave {_what(run.loss)}; expected one number with a '
-                         'gradient, the mean over the batch. Are all parameters frozen?')
+    if not getattr(run.loss, 'requires_grad', False) or run.loss.ndim: raise ValueError(
+        f'loss_func gave {_what(run.loss)}; expected one number with a gradient, the mean '
+        'over the batch. Are all parameters frozen?')
     loss = run.loss.detach()
     for f in run.before_backward: f(run)
-    scaled = run.loss if run.scale==1 else run.loss*run.scale
-    scaled.backward()
+    (run.loss if run.scale==1 else run.loss*run.scale).backward()
     for f in run.after_backward: f(run)
     if run.update:
         run.opt.step()
@@ -263,8 +253,7 @@ def validate(self:Run):
     self.figures = valid or trained
     row = self.epoch+1,*trained,*valid,time.perf_counter()-self.start
     self.row = dict(zip(self.columns, row))
-    self.epoch,self.batch = self.epoch+1,0
-    self.means,self.seconds = _Means(),0.
+    self.epoch,self.batch,self.seconds,self.means = self.epoch+1,0,0.,_Means()
 
 # %% ../nbs/07_fit.ipynb #bc7b7183
 def fit(epochs:int, # passes over the training data
@@ -319,9 +308,7 @@ def _end(run, hooks): # all that are in the iterator, even if one fails
 
 def _train_mode(model):
     "Training mode, but for parts that stand in eval mode and whose parameters are all frozen"
-    def frozen(m):
-        grads = [p.requires_grad for p in m.parameters()]
-        return grads and not any(grads)
+    def frozen(m): return {p.requires_grad for p in m.parameters()}=={False}
     stay = [m for m in model.modules() if not m.training and frozen(m)]
     model.train()
     for m in stay: m.eval()
@@ -333,58 +320,48 @@ def _check(run):
     for cb in run.cbs:
         if not isinstance(cb, Callback): raise TypeError(f'{cb} is no Callback object')
     if not hasattr(run.opt, 'param_groups') or isinstance(run.opt, torch.optim.LBFGS):
-        raise TypeError(f'{run.opt!r:.60} is no optimizer that fit can use; expected one such '
-                        'as SGD(model.parameters(), lr=0.1), as the fourth argument')
+        raise TypeError(f'{run.opt!r:.40} is no optimizer that fit can use; expected one such '
+                        'as SGD(model.parameters(), lr=0.1)')
     if len(run.others())==len(run.params()):
-        raise ValueError("The optimizer holds none of the weights: give it model.parameters()")
+        raise ValueError('The optimizer holds none of the weights: give it model.parameters()')
     taken = 'epoch','loss','train_loss','valid_loss','seconds'
-    if len({*run.names}-{*taken})<len(run.names):
-        raise ValueError(f'The metrics are called {run.names}: each needs a name of its own, '
-                         f'and none of {", ".join(taken)}')
+    if len({*run.names}-{*taken})<len(run.names): raise ValueError(
+        f'Metrics {run.names}: each needs a name of its own, and none of {", ".join(taken)}')
     if run.valid_dl is None and any(isinstance(m, whole) for m in run.metrics):
         raise ValueError('whole() needs a set that one net sees as a whole: give a valid_dl')
 
 # %% ../nbs/07_fit.ipynb #f14rehearse
+@torch.no_grad()
 def _rehearse(run):
     "Try a batch of validation, so that what does not fit is heard at once; leave no trace"
     dl = run.valid_dl
     stream = isinstance(getattr(dl,'dataset',0), torch.utils.data.IterableDataset)
-    if stream or hasattr(dl,'__next__') or operator.length_hint(dl, -1)<0:
-        return                                                # its batch might be lost
-    bufs = [(m._buffers, k, b, b.clone()) for m in run.model.modules()
-            for k,b in m._buffers.items() if b is not None]
-    rng = _get_rng(dl)
-    try:
-        batch = next(iter(copy(dl)), None)                    # the loader itself stays put
-        if batch is None: raise ValueError(_nothing)
-        with _eval_mode(run.model) as device:
-            xb,yb,_ = _unpack(batch, run.model, device, run.count)
-            preds = _forward(run.model, xb)
-            list(_score([run.loss_func,*run.metrics], preds, yb))
+    if stream or hasattr(dl,'__next__') or operator.length_hint(dl, -1)<0: return
+    rng,bufs = _get_rng(dl),[(m._buffers, k, b, b.clone()) for m in run.model.modules()
+                             for k,b in m._buffers.items() if b is not None]
+    metrics = [m for m in run.metrics if not isinstance(m, whole)]
+    count = len if run.count is len else lambda yb: run.count(yb) or 1
+    try: evaluate(run.model, run.loss_func, itertools.islice(copy(dl), 1), metrics, count)
     finally:
-        for own,k,b,was in bufs:
-            b.data.copy_(was)
-            own[k] = b
+        for own,k,b,was in bufs: own[k] = b.copy_(was)
         _set_rng(rng, dl)
 
 # %% ../nbs/07_fit.ipynb #0fd19bf2
-def _line(row, header=False):
-    "A line of the table that has the keys of `row` as its header"
+def _line(row):
+    "The values of a row, in columns as wide as their names"
     def show(v): return f'{v:.4f}' if v==0 or 1e-3<=abs(v)<1e4 else f'{v:.3e}'
-    cells = [k if header else show(v) if isinstance(v, float) else v for k,v in row.items()]
+    cells = [show(v) if isinstance(v, float) else v for v in row.values()]
     widths = [5 if k=='epoch' else max(len(k), 10) for k in row]
     return '  '.join(f'{c:>{w}}' for c,w in zip(cells, widths))
 
 class _Cell:
-    "The output of a notebook cell as a file: lines that stay, then what was written last"
+    "The output of a notebook cell as a file: lines that stay, and a bar, which starts with CR"
     def __init__(self):
         from IPython.display import display
         self.lines,self.handle = '',display({'text/plain':''}, raw=True, display_id=True)
     def write(self, s):
+        if not s.startswith('\r'): self.lines,s = self.lines+s,''
         self.handle.update({'text/plain':(self.lines+s.strip()).rstrip()}, raw=True)
-    def print(self, line):
-        self.lines += line+'\n'
-        self.write('')
     def flush(self): pass
 
 # %% ../nbs/07_fit.ipynb #c56d4179
@@ -393,18 +370,17 @@ class Progress(Callback):
     order = 200
     def before_fit(self, run):
         shell = getattr(builtins, 'get_ipython', lambda: None)()
-        self.cell = _Cell() if hasattr(shell, 'kernel') else None       # are we in a notebook?
-        self.print = self.cell.print if self.cell else partial(print, flush=True)
+        self.file = _Cell() if hasattr(shell, 'kernel') else None       # are we in a notebook?
         self.header = True
     def before_epoch(self, run):
         from tqdm import tqdm
         total = operator.length_hint(run.train_dl, 0) or None
-        how = dict(file=self.cell, ncols=80) if self.cell else dict(disable=None)   # if no tty
         run.batches = tqdm(run.batches, f'epoch {run.epoch+1}', total, initial=run.batch,
-                           delay=0.5, leave=False, **how)
+                           delay=0.5, leave=False, file=self.file, disable=None,   # if no tty
+                           ncols=80 if self.file else None)
     def after_epoch(self, run):
-        if self.header: self.print(_line(run.row, header=True))
-        self.print(_line(run.row))
+        if self.header: print(_line({k:k for k in run.row}), file=self.file)
+        print(_line(run.row), file=self.file, flush=True)
         self.header = False
 
 # %% ../nbs/07_fit.ipynb #77c9b851
@@ -420,12 +396,12 @@ class History(Callback):
         if not self.rows: raise ValueError('There are no rows to plot: give this to fit first')
         keys = [k for k in self.rows[0] if k not in ('epoch','seconds')]
         losses = [k for k in keys if k.endswith('_loss')]
-        panels = {'Loss':losses, 'Metrics':[k for k in keys if k not in losses]}
-        n = sum(map(bool, panels.values()))
+        n = 1+(losses!=keys)
         _,axs = plt.subplots(1, n, figsize=(4.5*n,3), squeeze=False, layout='tight')
-        for ax,(title,names) in zip(axs[0], panels.items()):
-            for k in names:
-                ax.plot(range(1, len(self.rows)+1), [r[k] for r in self.rows], 'o-', label=k)
+        for k in keys:
+            ax = axs[0,0 if k in losses else 1]
+            ax.plot(range(1, len(self.rows)+1), [r[k] for r in self.rows], 'o-', label=k)
+        for ax,title in zip(axs[0], ('Loss','Metrics')):
             ax.set(title=title, xlabel='epoch', ylabel='over all examples')
             ax.locator_params('x', integer=True)
             ax.legend()
