@@ -74,7 +74,7 @@ def _first(run, f, ps, bufs):
 _numbers = 'lr','momentum','weight_decay'
 
 def _graph(run, options):
-    "Trains this batch eagerly; gives a function that trains the next ones, or why there is none"
+    "Train this batch eagerly; a function that trains the next ones, or why there is none"
     f,ps,bufs = _by_weights(run)
     grads,why = _first(run, f, ps, bufs)
     if why: return why
@@ -124,10 +124,11 @@ def _unfit(run):
 def _key(run):
     "What makes another graph: other objects, other memory, other weights that train"
     state = [*run.model.parameters(), *run.model.buffers()]
-    objects = run.model, run.loss_func, run.opt
-    return (*map(id, objects), _is_sgd(run.opt), *((t.data_ptr(), t.requires_grad) for t in state))
+    objects = map(id, (run.model, run.loss_func, run.opt))
+    places = [(t.data_ptr(), t.requires_grad) for t in state]
+    return *objects, _is_sgd(run.opt), *places
 
-def compiled_step(**options # of `torch.compile`; on a GPU the default is mode='reduce-overhead'
+def compiled_step(**options # of `torch.compile`; on a GPU, by default, mode='reduce-overhead'
                  ): # `step(run)`, for `fit(..., step=compiled_step())`
     "`train_step` as one compiled graph; where that cannot be it says why, once, and is eager"
     graphs,said,now = {},[],(None,None)
@@ -147,6 +148,7 @@ def compiled_step(**options # of `torch.compile`; on a GPU the default is mode='
                 why = _reason(e)
                 graphs[key] = why,run
                 train_step(run)
-        if why and not said: warnings.warn(f'compiled_step trains eagerly: {why}', stacklevel=3)
-        said.extend([why] if why else [])
+        if why and not said:
+            said.append(why)
+            warnings.warn(f'compiled_step trains eagerly: {why}', stacklevel=3)
     return step
