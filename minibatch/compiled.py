@@ -131,11 +131,11 @@ def _key(run):
 def compiled_step(**options # of `torch.compile`; on a GPU, by default, mode='reduce-overhead'
                  ): # `step(run)`, for `fit(..., step=compiled_step())`
     "`train_step` as one compiled graph; where that cannot be it says why, once, and is eager"
-    graphs,said,now = {},[],(None,None)
+    graphs,said,now = {},[],(None,None,None)
     def step(run):
         nonlocal now
-        if now[0] is not run or not run.batch: now = run,_key(run)
-        key,why = now[1],_unfit(run)
+        if now[0] is not run or not run.batch: now = run,_key(run),_unfit(run)
+        _,key,why = now
         if why: train_step(run)
         elif key not in graphs:                     # the first batch
             graphs[key] = _graph(run, options),run

@@ -59,7 +59,8 @@ class Sampler:
         g = torch.Generator().manual_seed(seed)
         order = torch.randperm(n, generator=g) if self.shuffle else range(n)
         if self.drop_last: order = order[:n//bs*bs]
-        for i in range(start*bs, len(order), bs): yield order[i:i+bs]
+        if not self.shuffle: yield from (order[i:i+bs] for i in range(start*bs, len(order), bs))
+        else: yield from order[start*bs:].split(bs)
 
 # %% ../nbs/06_data.ipynb #c65ef8c1
 def collate(samples:list, # tensors, arrays, numbers, strings; or tuples, lists, dicts of these
