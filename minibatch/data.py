@@ -59,6 +59,7 @@ class Sampler:
         g = torch.Generator().manual_seed(seed)
         order = torch.randperm(n, generator=g) if self.shuffle else range(n)
         if self.drop_last: order = order[:n//bs*bs]
+        if start>=len(self): return            # `split` would give one batch, of nothing
         if not self.shuffle: yield from (order[i:i+bs] for i in range(start*bs, len(order), bs))
         else: yield from order[start*bs:].split(bs)
 

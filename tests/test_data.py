@@ -158,6 +158,10 @@ def test_resume_anywhere(data, n, bs, shuffle, drop, rule):
         if rule=='sampler': return DataLoader(ds(n), batch_sampler=Sampler(ds(n), bs, shuffle, drop, seed=4))
         return DataLoader(ds(n), bs, shuffle, drop_last=drop, generator=gen(8) if rule=='own' else None)
     if len(make()): cut(make, data.draw(st.integers(1, 3*len(make()))))
+    else: assert list(make())==[]
+    s = Sampler(ds(n), bs, shuffle, drop, seed=4)
+    rest = [[i.tolist() for i in map(torch.as_tensor, s.epoch(5, k))] for k in range(len(s)+2)]
+    assert all(r==rest[0][k:] for k,r in enumerate(rest)) and [] not in rest[0]
 
 @pytest.mark.parametrize('nw', [0, pytest.param(2, marks=linux)])
 def test_resume_with_pytorchs_samplers_and_streams(nw):
