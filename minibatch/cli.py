@@ -174,9 +174,10 @@ def train(
     return 0
 
 # %% ../nbs/13_cli.ipynb #01d1a54f
-def _command(f, prog, argv):
+def _command(f, prog, argv, more=None):
     "Call `f` with the options in `argv`; errors are one line each on stderr. The exit status"
     parser = anno_parser(f, prog=prog)
+    parser.epilog = more
     parser.error = lambda why: parser.exit(2, f'{prog}: {why} (--help tells more)\n')
     args = vars(parser.parse_args(argv))
     for own in 'pdb', 'xtra': args.pop(own, None)         # options that fastcore adds
@@ -192,5 +193,11 @@ def _command(f, prog, argv):
 
 def main(argv=None # list of `str`; None: what stands on the command line
         )->int: # exit status: 0, 1 (the run failed), 2 (bad use) or 130 (interrupted)
-    "The command `minibatch`"
-    return _command(train, 'minibatch', argv)
+    "The command `minibatch`, and for learners `minibatch check` and `minibatch exercises`"
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] not in (['check'],['exercises']):
+        more = 'For learners: minibatch check FILE, minibatch exercises FOLDER'
+        return _command(train, 'minibatch', argv, more)
+    from minibatch.check import check_file, exercises      # appendix 1
+    f = check_file if argv[0]=='check' else exercises
+    return _command(f, f'minibatch {argv[0]}', argv[1:])
