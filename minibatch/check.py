@@ -6,8 +6,11 @@
 __all__ = ['lin', 'relu', 'mse', 'lin_grad', 'forward_and_backward', 'Lin', 'Relu', 'Mse', 'CrossEntropy', 'Model', 'softmax',
            'logsumexp', 'log_softmax', 'nll', 'cross_entropy', 'accuracy', 'step', 'loop', 'DummyModule', 'ListModel',
            'RegisteredModel', 'SequentialModel', 'mlp', 'Optimizer', 'SGD', 'Dataset', 'Sampler', 'collate',
-           'DataLoader', 'get_dls', 'evaluate', 'predict', 'train_step', 'fit', 'pieces', 'Raised', 'Wrong', 'Piece',
-           'check_file', 'exercises']
+           'DataLoader', 'get_dls', 'evaluate', 'predict', 'train_step', 'fit', 'nearest', 'class_means', 'stack',
+           'mosaic', 'Sigmoid', 'central', 'Residual', 'two_halves', 'sharpen', 'soft_ce', 'bce', 'streaming_lse',
+           'ce_grad', 'topk_accuracy', 'loss_and_accuracy', 'accumulate', 'per_class', 'ParamModule', 'ResidualModel',
+           'macs', 'evaluating', 'Adam', 'SGDW', 'clip_grad_', 'Cosine', 'ByLength', 'pad', 'balanced', 'shifted',
+           'topk', 'Freeze', 'pieces', 'Raised', 'Wrong', 'Piece', 'check_file', 'exercises']
 
 # %% ../nbs/a1_check.ipynb #fc1c8a77
 import ast, inspect, itertools, json, linecache, math, os, re, signal
@@ -108,27 +111,30 @@ def _outcomes(piece, f):
     _seed(0)
     return [_seed(i) or _outcome(piece, f, case) for i,case in enumerate(piece.cases())]
 
-# %% ../nbs/a1_check.ipynb #2c739653
+# %% ../nbs/a1_check.ipynb #1596079c
 @cache
 def _known(piece):
     "What each mistake gives; the same every time, so it is kept"
     return [(what,_outcomes(piece, f)) for f,what in piece.mistakes]
+
+def _ended(sentence): return sentence if sentence.endswith('?') else sentence+'.'
 
 def _diagnose(piece, yours, bad):
     "What the mistake is: a sentence, or None"
     votes = []
     for what,theirs in _known(piece):
         same = [*map(_alike, yours, theirs)]
-        if all(same): return f'This is what comes out when {what}.'
+        if all(same): return f'This is what comes out when {_ended(what)}'
         votes.append((sum(same[i] for i in bad), sum(same), what))
     hits,total,what = max(votes, default=(0,0,''))
     if 2*hits>len(bad) and 2*total>len(yours):
-        return f'It looks like what comes out when {what}.'
+        return f'It looks like what comes out when {_ended(what)}'
 
-# %% ../nbs/a1_check.ipynb #d3a3c66d
-def _form(a, b):
+# %% ../nbs/a1_check.ipynb #69ed066f
+def _form(part, a, b):
     "In which way `a` is of another kind than `b`, or None"
     if isinstance(a, Raised) or isinstance(b, Raised): return
+    if a is None and part!='result': return
     if a is None and b is not None: return 'Nothing came back: does it end with `return`?'
     if _number(a)!=_number(b) or type(a) is not type(b) and not _number(a):
         one = 'one number' if _number(b) else f'a {type(b).__name__}'
@@ -155,7 +161,7 @@ def _show(v):
     dtype = '' if v.dtype in (torch.float32,torch.int64) else f', {v.dtype}'
     return ' '.join(text.split()) + f'   shape {tuple(v.shape)}{dtype}'
 
-# %% ../nbs/a1_check.ipynb #6d7619cb
+# %% ../nbs/a1_check.ipynb #335fb513
 def _first(yours, right):
     "The name and the values of the first part that differs"
     if isinstance(yours, Raised): return next((k,yours,v) for k,v in right.items())
@@ -167,11 +173,12 @@ def _check(piece, mine):
         right,yours = _outcomes(piece, piece.ref),_outcomes(piece, mine)
         tried = [i for i,y in enumerate(yours) if y is not NotImplemented]
         bad = [i for i in tried if not _alike(yours[i], right[i])]
-        if not bad: return len(tried)
+        if tried and not bad: return len(tried)
+        if not tried: raise Wrong(f'{piece.name} is called as {piece.calls}.')
         part,a,b = _first(yours[bad[0]], right[bad[0]])
         if isinstance(a, Raised) and a.kind is NotImplementedError:
             raise Wrong(f'{piece.name} is still to be written: ' + a.text.partition(': ')[2])
-        why = _diagnose(piece, yours, bad) or _form(a, b)
+        why = _diagnose(piece, yours, bad) or _form(part, a, b)
         if why is None and isinstance(a, Raised) and a.kind is TypeError and not a.line:
             why = f'It is called as {piece.calls}.'
         _seed(0)
@@ -1215,7 +1222,7 @@ class _(_Sgd):
 class _(_Sgd):
     def ahead(self, g, buf, p): return self.mom*g + buf
 
-# %% ../nbs/a1_check.ipynb #7a52c13f
+# %% ../nbs/a1_check.ipynb #aa592220
 def _columns():
     yield dict(x=torch.tensor([[1.,2.],[3.,4.],[5.,6.]]), y=torch.tensor([0,1,2]))
     yield dict(x=torch.randn(5,3), y=torch.arange(5))
@@ -1223,7 +1230,8 @@ def _columns():
 def _indexed(f, x, y):
     ds = f(x, y)
     at = {'ds[1]':1, 'ds[-1]':-1, 'ds[1:3]':slice(1,3), 'ds[[2,0]]':[2,0]}
-    return {'len(ds)':len(ds)} | {k: tuple(ds[i]) for k,i in at.items()}
+    n = len(ds) if getattr(ds, '__len__', None) else 'there is none'
+    return {'len(ds)':n} | {k: tuple(ds[i]) for k,i in at.items()}
 
 Dataset = Piece('Dataset', data.Dataset, 'lesson 6, "Dataset"',
                 '`ds = Dataset(x, y)`, then `len(ds)` and `ds[i]`', _columns, _indexed)
@@ -1602,6 +1610,1137 @@ def _(epochs, model, loss_func, opt, train_dl, valid_dl, progress=True):
     model.train()
     for _ in range(epochs): _loop(1, model, loss_func, opt, [*train_dl, *valid_dl])
 
+# %% ../nbs/a1_check.ipynb #8c97541e
+def _images():
+    yield dict(im=torch.tensor([0.,0.]), x=torch.tensor([[1.,-1.],[3.,0.],[1.,0.]]))
+    yield dict(im=torch.tensor([1.,1.]), x=torch.tensor([[4.,1.],[3.,3.],[9.,9.]]))
+    for n in 5,40: yield dict(im=torch.rand(6), x=torch.rand(n,6))
+
+nearest = Piece('nearest', lambda im, x: torch.cdist(im[None], x).argmin(),
+                'lesson 0, exercise 1', '`nearest(im, x)`', _images)
+
+for what,f in {
+    'the differences are added up with their signs, and cancel: square them first':
+        lambda im,x: (x-im).sum(1).argmin(),
+    'the differences are made positive, but not squared':
+        lambda im,x: (x-im).abs().sum(1).argmin(),
+    'the image farthest away is found: `argmin`': lambda im,x: ((x-im)**2).sum(1).argmax(),
+    'the distance is returned, and not its place: `argmin`, not `min`':
+        lambda im,x: ((x-im)**2).sum(1).min(),
+    'the place is looked for among all pixels of all images: `sum(1)` first':
+        lambda im,x: ((x-im)**2).argmin(),
+    'the squares are summed over the images: one sum for each image, `sum(1)`':
+        lambda im,x: ((x-im)**2).sum(0).argmin(),
+    'the largest product is taken for the smallest distance, and bright images win':
+        lambda im,x: (x@im).argmax(),
+}.items(): nearest.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #1f233d01
+def _ten_classes(width, *sizes):
+    for n in sizes:
+        y = torch.cat([torch.arange(10).repeat(n), torch.randint(0, 10, (5,))])
+        yield dict(x=torch.rand(len(y),width), y=y[torch.randperm(len(y))])
+
+def _by_class(f): return lambda x,y: torch.stack([f(x[y==c]) for c in range(10)])
+
+class_means = Piece('class_means', _by_class(lambda xs: xs.mean(0)), 'lesson 0, exercise 2',
+                    '`class_means(x, y)`', lambda: _ten_classes(3, 1, 4))
+
+for what,f in {
+    'the images of a class are added up, and not divided by their number':
+        _by_class(lambda xs: xs.sum(0)),
+    'the sum of a class is divided by the number of all images':
+        lambda x,y: _by_class(lambda xs: xs.sum(0))(x, y)/len(x),
+    'each class has the mean of all images: choose its own, `x[y==c]`':
+        lambda x,y: x.mean(0).expand(10, -1),
+    'the mean runs over the pixels too: one for each pixel, `mean(0)`':
+        _by_class(lambda xs: xs.mean()),
+    'each class has the first of its images, not their mean': _by_class(lambda xs: xs[0]),
+    'the classes come in the order in which they appear in `y`: row `c` is class `c`':
+        lambda x,y: torch.stack([x[y==c].mean(0) for c in dict.fromkeys(y.tolist())]),
+}.items(): class_means.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #f1e21cbf
+def _stacks():
+    for n,c in zip((1,2,3), _ten_classes(784, 2, 3, 4)): yield c | dict(n=n)
+
+def _first_n(choose, join=torch.stack):
+    return lambda x,y,n: join([choose(x[y==c], n) for c in range(10)])
+
+stack = Piece('stack', _first_n(lambda xs,n: xs[:n]), 'lesson 0, exercise 3',
+              '`stack(x, y, n)`', _stacks)
+
+for what,f in {
+    'the rows are joined end to end: `torch.stack` makes a new dimension, `torch.cat` none':
+        _first_n(lambda xs,n: xs[:n], torch.cat),
+    'the last images of each class are taken: `[:n]`': _first_n(lambda xs,n: xs[-n:]),
+    'the classes are the second dimension: shape (10, n, 784)':
+        lambda x,y,n: torch.stack([x[y==c][:n] for c in range(10)], 1),
+    'the first images are taken whatever their class: choose with `y==c`':
+        lambda x,y,n: x[:10*n].view(10,n,-1),
+    'each class has one image, the one in place `n`': _first_n(lambda xs,n: xs[n]),
+}.items(): stack.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #9d42b7f5
+def _mosaics():
+    for r,c in (1,2),(2,1),(2,3): yield dict(x=torch.rand(r*c+1,784), rows=r, cols=c)
+
+def _tiles(*order, across=False):
+    def f(x, rows, cols):
+        big = x[:rows*cols].view(*((cols,rows) if across else (rows,cols)), 28, 28)
+        return big.permute(*order).reshape(28*rows, 28*cols)
+    return f
+
+mosaic = Piece('mosaic', _tiles(0,2,1,3), 'lesson 0, exercise 4', '`mosaic(x, rows, cols)`',
+               _mosaics)
+
+for what,f in {
+    'the pixels are cut into new rows without being moved: rearrange, not reshape':
+        _tiles(0,1,2,3),
+    'the images go down the columns: in `(r c)`, the last moves fastest':
+        _tiles(1,2,0,3, across=True),
+    'each image is mirrored, with `w` where `h` should be': _tiles(0,3,1,2),
+    'the images are mixed pixel by pixel: `(r h) (c w)`, not `(h r) (w c)`': _tiles(2,0,3,1),
+    'rows and columns are exchanged: shape (28*rows, 28*cols)':
+        lambda x,rows,cols: mosaic.ref(x, cols, rows),
+}.items(): mosaic.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #e87a0b1a
+def _sigmoid(bwd, forward=torch.sigmoid):
+    return lambda: _Own(forward, lambda out,inp: _set_g(inp, bwd(out, inp)))
+
+Sigmoid = Piece('Sigmoid', _sigmoid(lambda out,inp: out.g*out*(1-out)),
+                'lesson 1, exercise 1',
+                '`l = Sigmoid()`, `out = l(inp)`, then with `out.g` set `l.backward()`',
+                _signs, lambda f, inp: _module(f, inp))
+
+for what,f in {
+    'the slope is not multiplied by the gradient that comes in, `out.g`':
+        _sigmoid(lambda out,inp: out*(1-out)),
+    'the slope is made of the input: it is `out*(1-out)`':
+        _sigmoid(lambda out,inp: out.g*inp*(1-inp)),
+    'half of the slope is missing: it is `out*(1-out)`':
+        _sigmoid(lambda out,inp: out.g*(1-out)),
+    'the slope is that of tanh: it is `out*(1-out)`':
+        _sigmoid(lambda out,inp: out.g*(1-out**2)),
+    'the gradient is returned, or not made at all: `bwd` has to set it, `inp.g = ...`':
+        lambda: _Own(torch.sigmoid, lambda out,inp: out.g*out*(1-out)),
+    'the minus in the exponent is forgotten':
+        _sigmoid(lambda out,inp: out.g*out*(1-out), lambda inp: 1/(1+inp.exp())),
+}.items(): Sigmoid.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #6e5c7ae2
+def _steps_aside():
+    yield dict(function='exp', x=torch.tensor(1., dtype=torch.float64), h=0.1)
+    for f in 'sin','square': yield dict(function=f, x=torch.tensor([-1.,0.3,2.]), h=0.5)
+
+central = Piece('central', lambda f, x, h: (f(x+h)-f(x-h))/(2*h), 'lesson 1, exercise 2',
+                '`central(f, x, h)`', _steps_aside,
+                lambda f, function, x, h: dict(result=f(getattr(torch, function), x, h)))
+
+for what,f in {
+    'one side only is looked at: `f(x+h)-f(x-h)`': lambda f,x,h: (f(x+h)-f(x))/h,
+    'it is divided by `h`, but from `x-h` to `x+h` the way is `2*h`':
+        lambda f,x,h: (f(x+h)-f(x-h))/h,
+    'parentheses are missing: `a/2*h` is `(a/2)*h`': lambda f,x,h: (f(x+h)-f(x-h))/2*h,
+    'the difference is not divided by `2*h`': lambda f,x,h: f(x+h)-f(x-h),
+    'it goes half a step to each side: a good slope too, but the whole `h` is asked for':
+        lambda f,x,h: (f(x+h/2)-f(x-h/2))/h,
+}.items(): central.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #750a9b3c
+def _square_layers():
+    for n,d in (1,2),(4,3):
+        yield dict(inp=torch.randn(n,d), w=torch.randn(d,d), b=torch.randn(d))
+
+class _Res(bp.Module):
+    def __init__(self, layer): self.layer = layer
+    def forward(self, inp): return inp + self.layer(inp)
+    def bwd(self, out, inp):
+        self.layer.out.g = out.g
+        self.layer.backward()
+        inp.g = self.both(inp.g, out.g)
+    def both(self, through, around): return through + around
+
+Residual = Piece('Residual', _Res, 'lesson 1, exercise 3',
+    '`r = Residual(layer)`, `out = r(inp)`, then with `out.g` set `r.backward()`',
+    _square_layers,
+    lambda f, inp, w, b: _module(lambda: f(bp.Lin(w, b)), inp, w=w, b=b))
+
+@Residual.wrong('the way around is forgotten: `out.g` reaches the input as it is, too')
+class _(_Res):
+    def both(self, through, around): return through
+@Residual.wrong('the way through the layer is forgotten: add what it stored on the input')
+class _(_Res):
+    def both(self, through, around): return around
+@Residual.wrong('the layer gets no backward, and its weights no gradient')
+class _(_Res):
+    def bwd(self, out, inp): inp.g = out.g
+@Residual.wrong("the layer's own output has no gradient when its backward comes: "
+                '`self.layer.out.g = out.g`')
+class _(_Res):
+    def bwd(self, out, inp): self.layer.backward()
+@Residual.wrong('the input itself is not added to what the layer makes of it')
+class _(_Res):
+    def forward(self, inp): return self.layer(inp)
+
+# %% ../nbs/a1_check.ipynb #b2a4d9e5
+def _even_and_odd():
+    for n in 2,4,5:
+        yield dict(xb=torch.randn(n,2), yb=torch.randn(n,1), w1=torch.randn(2,3),
+                   b1=torch.randn(3), w2=torch.randn(3,1), b2=torch.randn(1))
+
+def _in_parts(f, xb, yb, w1, b1, w2, b2):
+    rows = [0]
+    class Net(bp.Model):
+        def forward(self, x): rows.append(len(x)); return super().forward(x)
+    model = Net([bp.Lin(w1, b1), bp.Relu(), bp.Lin(w2, b2)], bp.Mse())
+    f(model, [w1,b1,w2,b2], xb, yb)
+    return _g(w1=w1, b1=b1, w2=w2, b2=b2) | {'most rows in one call':max(rows)}
+
+def _halves(share, cut=lambda xb: (xb[:(len(xb)+1)//2], xb[(len(xb)+1)//2:])):
+    def f(model, params, xb, yb):
+        total = [0]*len(params)
+        for x,y in zip(cut(xb), cut(yb)):
+            model(x, y)
+            model.backward()
+            total = [t + p.g*share(len(x), len(xb)) for t,p in zip(total, params)]
+        for p,t in zip(params, total): p.g = t
+    return f
+
+two_halves = Piece('two_halves', _halves(lambda k,n: k/n), 'lesson 1, exercise 4',
+                   '`two_halves(model, params, xb, yb)`; it sets `.g` on all of `params`',
+                   _even_and_odd, _in_parts)
+
+for what,f in {
+    'the gradients of the halves are added: the loss is a mean, so take theirs':
+        _halves(lambda k,n: 1),
+    'the halves count alike, although one is longer: weigh each by its rows, `len(x)/len(xb)`':
+        _halves(lambda k,n: 1/2),
+    'the whole batch goes through the model at once': _halves(lambda k,n: 1, lambda xb: [xb]),
+    'the last row is lost when their number is odd: `xb.chunk(2)`':
+        _halves(lambda k,n: 1/2, lambda xb: (xb[:len(xb)//2], xb[len(xb)//2:][:len(xb)//2])),
+}.items(): two_halves.wrong(what)(f)
+
+@two_halves.wrong('the second half alone counts: each backward sets `.g` anew, so keep the '
+                  'first')
+def _(model, params, xb, yb):
+    for x,y in zip(xb.chunk(2), yb.chunk(2)):
+        model(x, y)
+        model.backward()
+
+# %% ../nbs/a1_check.ipynb #99f11901
+def _temperatures():
+    x = torch.tensor([[1.,2.],[3.,5.]])
+    for T in 1,2.,0.5: yield dict(x=x, T=T)
+    yield dict(x=x, T=1e-3)                     # exp overflows
+    yield dict(x=torch.randn(4,5), T=1e6)
+
+sharpen = Piece('sharpen', lambda x, T: (x/T).softmax(-1), 'lesson 2, exercise 1',
+                '`sharpen(x, T)`', _temperatures)
+
+for what,f in {
+    'the scores are multiplied by `T`: divide them': lambda x,T: (x*T).softmax(-1),
+    'the probabilities are divided, and not the scores': lambda x,T: x.softmax(-1)/T,
+    '`T` is taken, but not used': lambda x,T: x.softmax(-1),
+    'the softmax runs over dim 0: the classes are in dim -1': lambda x,T: (x/T).softmax(0),
+    'the largest score is not taken off first, and `exp` overflows: use `softmax`':
+        lambda x,T: (x/T).exp()/(x/T).exp().sum(-1, keepdim=True),
+}.items(): sharpen.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #457d54a3
+def _distributions():
+    yield dict(input=torch.tensor([[1.,2.,4.]]), probs=torch.tensor([[0.2,0.5,0.3]]))
+    probs = torch.tensor([[0.5,0.5],[0.1,0.9]])
+    yield dict(input=torch.tensor([[1.,2.],[4.,3.]]), probs=probs)
+    yield dict(input=torch.tensor([[300.,0.],[0.,300.]]), probs=probs)
+    yield dict(input=torch.randn(4,3)*1e4, probs=torch.randn(4,3).softmax(1))
+
+soft_ce = Piece('soft_ce', F.cross_entropy, 'lesson 2, exercise 2',
+                '`soft_ce(input, probs)`', _distributions)
+
+for what,f in {
+    'the minus is forgotten': lambda x,t: (t*x.log_softmax(1)).sum(1).mean(),
+    'it is a mean over rows and classes: add up each row, then take the mean':
+        lambda x,t: -(t*x.log_softmax(1)).mean(),
+    'the rows are added up: take their mean': lambda x,t: -(t*x.log_softmax(1)).sum(),
+    'the logarithm is taken of probabilities that are too small for a float: `log_softmax`':
+        lambda x,t: -(t*x.softmax(1).log()).sum(1).mean(),
+    'the scores are taken for log-probabilities: `log_softmax` first':
+        lambda x,t: -(t*x).sum(1).mean(),
+    'the likeliest class alone counts: sum over all, each with its probability':
+        lambda x,t: F.cross_entropy(x, t.argmax(1)),
+    'prediction and truth are exchanged: the logarithm is of the prediction':
+        lambda x,t: -(x.softmax(1)*t.log()).sum(1).mean(),
+}.items(): soft_ce.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #17a12e04
+def _one_score():
+    yield dict(s=torch.tensor([2.]), y=torch.tensor([1]))
+    yield dict(s=torch.tensor([2.]), y=torch.tensor([0]))
+    yield dict(s=torch.tensor([2.,1.,-1.]), y=torch.tensor([0,1,1]))
+    yield dict(s=torch.tensor([200.,-200.]), y=torch.tensor([0,0]))
+    for scale in 1,1e4: yield dict(s=torch.randn(8)*scale, y=torch.randint(0, 2, (8,)))
+
+bce = Piece('bce', lambda s, y: F.binary_cross_entropy_with_logits(s, y.float()),
+            'lesson 2, exercise 3', '`bce(s, y)`', _one_score)
+
+for what,f in {
+    'the score is read as that of class 0: put the 0 before it, not behind':
+        lambda s,y: bce.ref(-s, y),
+    'rows of class 0 cost nothing: their loss is minus the log of `1-sigmoid(s)`':
+        lambda s,y: -(y*F.logsigmoid(s)).mean(),
+    'the logarithm is taken of a probability that a float rounds to 0 or 1: make two scores, '
+    '(0, s), and use `cross_entropy`':
+        lambda s,y: -(y*s.sigmoid().log() + (1-y)*(1-s.sigmoid()).log()).mean(),
+    '`exp` of a large score overflows: make two scores, (0, s), and use `cross_entropy`':
+        lambda s,y: ((1+s.exp()).log() - s*y).mean(),
+    'the losses are added up: take their mean':
+        lambda s,y: F.binary_cross_entropy_with_logits(s, y.float(), reduction='sum'),
+    'the minus is forgotten': lambda s,y: -bce.ref(s, y),
+    'there is one loss for each row: take their mean':
+        lambda s,y: F.binary_cross_entropy_with_logits(s, y.float(), reduction='none'),
+}.items(): bce.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #4da5966b
+def _chunked():
+    yield dict(chunks=[torch.tensor([[1.,2.]])])
+    yield dict(chunks=[torch.tensor([[1.],[4.]]), torch.tensor([[3.],[2.]])])
+    for values in (0.,900.),(900.,0.):                      # exp overflows
+        yield dict(chunks=[torch.tensor([[v,v+1]]) for v in values])
+    yield dict(chunks=[*torch.randn(3,10).split(4, dim=1)])
+
+def _streaming(grow=lambda s, m, new: s*(m-new).exp(), top=torch.maximum,
+               end=lambda m, s: m+s.log()):
+    def f(chunks):
+        m,s = torch.tensor(-math.inf),0.
+        for c in chunks:
+            new = top(m, c.amax(1))
+            s = grow(s, m, new) + (c-new[:,None]).exp().sum(1)
+            m = new
+        return end(m, s)
+    return f
+
+streaming_lse = Piece('streaming_lse', _streaming(), 'lesson 2, exercise 4',
+                      '`streaming_lse(chunks)`, with an iterator', _chunked,
+                      lambda f, chunks: dict(result=f(iter(chunks))))
+
+for what,f in {
+    'the sum so far does not shrink when the maximum grows: `s*(m-new).exp()`':
+        _streaming(grow=lambda s,m,new: s),
+    'the sum so far changes the wrong way when the maximum grows: `s*(m-new).exp()`':
+        _streaming(grow=lambda s,m,new: s*(new-m).exp() if m.ndim else 0.),
+    'the maximum stays that of the first chunk, and `exp` overflows in a later one':
+        _streaming(top=lambda m,new: m if m.ndim else new),
+    'the maximum is that of the last chunk, and what was summed before may overflow':
+        _streaming(top=lambda m,new: new),
+    'the maximum is not added again at the end': _streaming(end=lambda m,s: s.log()),
+    'the logarithm is forgotten at the end': _streaming(end=lambda m,s: m+s),
+    'the last chunk alone counts': lambda chunks: [*chunks][-1].logsumexp(1),
+    'the results of the chunks are added up: it is their `exp` that adds up':
+        lambda chunks: sum(c.logsumexp(1) for c in chunks),
+    'no maximum is taken off, and `exp` overflows':
+        lambda chunks: sum(c.exp().sum(1) for c in chunks).log(),
+}.items(): streaming_lse.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #b0bdf061
+def _smoothed():
+    for eps in 0,0.1: yield dict(x=torch.tensor([[1.,2.,4.]]), y=torch.tensor([1]), eps=eps)
+    for eps in 0,0.5:
+        yield dict(x=torch.tensor([[1.,2.],[3.,5.]]), y=torch.tensor([1,0]), eps=eps)
+    yield dict(x=torch.randn(4,5), y=torch.tensor([4,0,2,2]), eps=0.2)
+
+def _ce_grad(truth, scale=lambda x: 1/len(x)):
+    return lambda x,y,eps: (x.softmax(1) - truth(F.one_hot(y, x.shape[1]), eps))*scale(x)
+def _smooth(t, eps): return (1-eps)*t + eps/t.shape[1]
+
+ce_grad = Piece('ce_grad', _ce_grad(_smooth), 'lesson 2, exercise 5', '`ce_grad(x, y, eps)`',
+                _smoothed)
+
+for what,f in {
+    'it is not divided by the number of rows': _ce_grad(_smooth, lambda x: 1),
+    'it is divided by all entries: the loss is a mean over the rows':
+        _ce_grad(_smooth, lambda x: 1/x.numel()),
+    'it has the wrong sign: prediction minus truth': _ce_grad(_smooth, lambda x: -1/len(x)),
+    '`eps` is taken, but not used': _ce_grad(lambda t,eps: t),
+    'smoothing takes its share from the truth, but gives it to nobody':
+        _ce_grad(lambda t,eps: (1-eps)*t),
+    'smoothing gives its share to the other classes only: all of them, the true one too, get '
+    '`eps/c`': _ce_grad(lambda t,eps: (1-eps)*t + eps*(1-t)/(t.shape[1]-1)),
+    'smoothing adds its share, but takes nothing from the truth':
+        _ce_grad(lambda t,eps: t + eps/t.shape[1]),
+}.items(): ce_grad.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #64048dc5
+def _first_k():
+    out = torch.tensor([[1.,2.,0.],[0.,1.,3.],[5.,1.,0.],[4.,0.,2.]])
+    for k in 1,2,3: yield dict(out=out, yb=torch.tensor([1,0,1,0]), k=k)
+    for k in 1,3,10: yield dict(out=torch.randn(50,10), yb=torch.randint(0, 10, (50,)), k=k)
+
+def _hits(out, yb, k, **kw): return out.topk(k, **kw).indices==yb[:,None]
+
+def _share(hits): return hits.any(1).float().mean()
+
+topk_accuracy = Piece('topk_accuracy', lambda out, yb, k: _share(_hits(out, yb, k)),
+                      'lesson 3, exercise 1', '`topk_accuracy(out, yb, k)`', _first_k)
+
+for what,f in {
+    'labels of shape (n,) are compared with places of shape (n,k): make them a column, '
+    '`yb[:,None]`':
+        lambda out,yb,k: _share(out.topk(k).indices==yb),
+    'the mean runs over the `k` places as well: `any(1)` first':
+        lambda out,yb,k: _hits(out, yb, k).float().mean(),
+    'the last of the `k` places alone counts':
+        lambda out,yb,k: _share(_hits(out, yb, k)[:,-1:]),
+    '`k` is taken, but not used': lambda out,yb,k: _share(_hits(out, yb, 1)),
+    'the right ones are counted: take the mean':
+        lambda out,yb,k: _hits(out, yb, k).any(1).float().sum(),
+    'the smallest scores win': lambda out,yb,k: _share(_hits(out, yb, k, largest=False)),
+    'the largest scores are compared with the labels: their places count, `.indices`':
+        lambda out,yb,k: _share(out.topk(k).values==yb[:,None]),
+    'true and false are averaged as they are: `.float()` first':
+        lambda out,yb,k: _hits(out, yb, k).any(1).mean(),
+}.items(): topk_accuracy.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #b95d88ec
+def _params(): return [torch.randn(*s).requires_grad_() for s in ((3,4),(4,),(4,2),(2,))]
+def _net(xb, ps): return (xb@ps[0] + ps[1]).relu()@ps[2] + ps[3]
+
+def _in_batches():
+    for n,bs in (2,2),(4,2),(5,2),(11,4),(3,9):
+        yield dict(ps=_params(), x=torch.randn(n,3), y=torch.randint(0, 2, (n,)), bs=bs)
+
+def _two_figures(f, **case):
+    res = [*f(*case.values())]
+    return {'(loss, accuracy)':[float(v) for v in res],
+            'is a gradient recorded?':any(getattr(v, 'requires_grad', False) for v in res)}
+
+def _figures(weight=lambda n: n, last=None, divide=lambda sums, n: sums/n, grad=torch.no_grad):
+    def f(ps, x, y, bs):
+        sums,n = 0,0
+        with grad():
+            for xb,yb in [*zip(x.split(bs), y.split(bs))][:last]:
+                preds = _net(xb, ps)
+                both = torch.stack([F.cross_entropy(preds, yb), metrics.accuracy(preds, yb)])
+                sums,n = sums + weight(len(xb))*both,n+weight(len(xb))
+        return [*divide(sums, n)]
+    return f
+
+loss_and_accuracy = Piece('loss_and_accuracy', _figures(), 'lesson 3, exercise 2',
+                          '`loss_and_accuracy(ps, x, y, bs)`; it gives two numbers',
+                          _in_batches, _two_figures)
+
+for what,f in {
+    'the figures of the batches are averaged, as if the last were as large as the others: '
+    'weigh each by its rows': _figures(weight=lambda n: 1),
+    'the sums are not divided by the number of rows': _figures(divide=lambda s,n: s),
+    'gradients are recorded, and every batch stays in memory: `with torch.no_grad():`':
+        _figures(grad=torch.enable_grad),
+    'the last batch is left out': _figures(last=-1),
+    'the first batch alone counts: the `return` is indented too far': _figures(last=1),
+    'the loss is missing: first the loss, then the accuracy':
+        _figures(divide=lambda s,n: s[1:]/n),
+    'the accuracy comes first: `(loss, accuracy)`': _figures(divide=lambda s,n: s.flip(0)/n),
+}.items(): loss_and_accuracy.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #f4dc7c10
+def _grads(f, ps, x, y, bs):
+    f(ps, x, y, bs)
+    return {f'gradient of ps[{i}]':p.grad for i,p in enumerate(ps)}
+
+def _accumulated(share=lambda k, n, pieces: k/n, last=None, before=lambda ps: None):
+    def f(ps, xb, yb, bs):
+        pieces = [*zip(xb.split(bs), yb.split(bs))]
+        for x,y in pieces[:last]:
+            before(ps)
+            (F.cross_entropy(_net(x, ps), y)*share(len(x), len(xb), len(pieces))).backward()
+    return f
+
+def _forget(ps):
+    for p in ps: p.grad = None
+
+accumulate = Piece('accumulate', _accumulated(), 'lesson 3, exercise 3',
+                   '`accumulate(ps, xb, yb, bs)`; it sets `.grad` on all of `ps`', _in_batches,
+                   _grads)
+
+for what,f in {
+    'the gradients of the pieces are added up: each is a mean, and counts by its share, '
+    '`len(x)/len(xb)`': _accumulated(lambda k,n,pieces: 1),
+    'the pieces count alike, although the last is smaller: `len(x)/len(xb)`':
+        _accumulated(lambda k,n,pieces: 1/pieces),
+    'the losses are weighed by their rows, but not divided by all rows':
+        _accumulated(lambda k,n,pieces: k),
+    'gradients are zeroed for each piece, so that the last alone counts':
+        _accumulated(before=_forget),
+    'the last piece is left out': _accumulated(last=-1),
+    'the first piece alone counts: the `return` is indented too far': _accumulated(last=1),
+}.items(): accumulate.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #536fffb8
+def _one_missing():
+    out = torch.tensor([[1.,2.,0.],[0.,1.,3.],[5.,1.,0.],[2.,1.,0.],[0.,1.,4.]])
+    yield dict(out=out, yb=torch.tensor([0,0,0,1,2]))
+    yield dict(out=out, yb=torch.tensor([1,0,0,1,1]))       # class 2 is absent
+    yield dict(out=torch.randn(60,5), yb=torch.randint(0, 4, (60,)))
+
+def _shares(share=lambda right, true, read: right/true):
+    def f(out, yb):
+        n,preds = out.shape[1],out.argmax(1)
+        right,true,read = (t.bincount(minlength=n) for t in (yb[preds==yb], yb, preds))
+        return share(right, true, read)
+    return f
+
+per_class = Piece('per_class', _shares(), 'lesson 3, exercise 4', '`per_class(out, yb)`',
+                  _one_missing)
+
+for what,f in {
+    'the right ones are divided by how often the class was guessed, not by how often it is '
+    'there': _shares(lambda right,true,read: right/read),
+    'the right ones of a class are divided by all rows: only by those of the class':
+        _shares(lambda right,true,read: right/true.sum()),
+    'the right ones are counted: divide by the rows of the class':
+        _shares(lambda right,true,read: right),
+    'a class without a row has 0 in place of `nan`':
+        _shares(lambda right,true,read: right/true.clamp(min=1)),
+    'the last classes are left out where no row has them: as many as `out` has columns, '
+    '`minlength=out.shape[1]`': lambda out,yb: per_class.ref(out, yb)[:yb.max()+1],
+    'all classes are taken together: `yb==c` chooses the rows of one':
+        lambda out,yb: metrics.accuracy(out, yb),
+}.items(): per_class.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #19759f25
+def _scaled(f):
+    class Scaled(f):
+        def __init__(self):
+            super().__init__()
+            self.lin,self.scale = nn.Linear(4,3),nn.Parameter(torch.ones(3))
+    a,b = Scaled(),Scaled()
+    with torch.no_grad(): b.scale.fill_(5.)
+    res = {'shapes of parameters()':_shapes(a.parameters()),
+           'names in state_dict()':[*a.state_dict()]}
+    a.load_state_dict(b.state_dict())
+    res |= {'scale after load_state_dict':a.scale.detach().clone(),
+            'is lin loaded too?':a.lin.weight.equal(b.lin.weight)}
+    with torch.no_grad(): b.scale.fill_(7.)
+    res['scale after the other object has trained on'] = a.scale.detach().clone()
+    a.scale = 1
+    return res | {'shapes of parameters(), after scale = 1':_shapes(a.parameters())}
+
+class _Params(models.DummyModule): # right, and short enough to be broken
+    def __init__(self):
+        super().__init__()
+        vars(self)['_parameters'] = {}
+    def __setattr__(self, k, v):
+        super().__setattr__(k, v)
+        if self.keep(v): self._parameters[k] = v
+        else: self.drop(k)
+    def keep(self, v): return isinstance(v, nn.Parameter)
+    def drop(self, k): self._parameters.pop(k, None)
+    def parameters(self): return [*self._parameters.values(), *super().parameters()]
+    def state_dict(self): return self._parameters | super().state_dict()
+    def load_state_dict(self, sd):
+        super().load_state_dict(sd)
+        for k,p in self._parameters.items(): self.put(p, sd[k].detach())
+    def put(self, p, saved): p.data.copy_(saved)
+
+ParamModule = Piece('ParamModule', _Params, 'lesson 4, exercise 1',
+                    '`class Net(ParamModule)`, whose `__init__` calls `super().__init__()`',
+                    _once, _scaled)
+
+@ParamModule.wrong('no parameter is registered: `__setattr__` has to notice `nn.Parameter`')
+class _(_Params):
+    def keep(self, v): return False
+@ParamModule.wrong('the own parameters come after those of the layers: they come first')
+class _(_Params):
+    def parameters(self):
+        return [*models.DummyModule.parameters(self), *self._parameters.values()]
+    def state_dict(self): return models.DummyModule.state_dict(self) | self._parameters
+@ParamModule.wrong('`state_dict` has the layers only')
+class _(_Params):
+    def state_dict(self): return models.DummyModule.state_dict(self)
+    def load_state_dict(self, sd): models.DummyModule.load_state_dict(self, sd)
+@ParamModule.wrong('`load_state_dict` leaves the own parameters as they were')
+class _(_Params):
+    def put(self, p, saved): pass
+@ParamModule.wrong('a loaded parameter shares its memory with the saved one: `copy_`')
+class _(_Params):
+    def put(self, p, saved): p.data = saved
+@ParamModule.wrong('a parameter that was replaced by something else is still registered')
+class _(_Params):
+    def drop(self, k): pass
+
+# %% ../nbs/a1_check.ipynb #62a71731
+class _Added(models.SequentialModel):
+    def forward(self, x): return x + super().forward(x)
+
+ResidualModel = Piece('ResidualModel', _Added, 'lesson 4, exercise 2',
+                      '`ResidualModel(layers)`', _small_layers, _named)
+
+ResidualModel.wrong('the input is not added: `x + super().forward(x)`')(models.SequentialModel)
+@ResidualModel.wrong('each layer adds its own input: the input of the first is added once, at '
+                     'the end')
+class _(models.SequentialModel):
+    def forward(self, x):
+        for l in self: x = x + l(x)
+        return x
+@ResidualModel.wrong("the caller's tensor is changed: `x + ...`, not `x += ...`")
+class _(models.SequentialModel):
+    def forward(self, x):
+        x += super().forward(x)
+        return x
+@ResidualModel.wrong('the layers are in an attribute, and their names begin with its name: '
+                     'the class is a list of layers itself')
+class _(nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = models.SequentialModel(layers)
+    def forward(self, x): return x + self.layers(x)
+
+# %% ../nbs/a1_check.ipynb #3266c414
+_counted = {
+    'Linear(2,3)': (lambda: nn.Linear(2,3), (5,2)),
+    'Linear(4,3), ReLU(), Linear(3,2)':
+        (lambda: nn.Sequential(nn.Linear(4,3), nn.ReLU(), nn.Linear(3,2)), (1,4)),
+    'Conv2d(2,3,kernel_size=3), on images of 6 x 6': (lambda: nn.Conv2d(2,3,3), (2,2,6,6)),
+    'Sequential(Sequential(Conv2d(1,2,kernel_size=3)), Flatten(), Linear(32,5))':
+        (lambda: nn.Sequential(nn.Sequential(nn.Conv2d(1,2,3)), nn.Flatten(), nn.Linear(32,5)),
+         (4,1,6,6))}
+
+def _counting(f, model):
+    make,shape = _counted[model]
+    net = make()
+    res = dict(result=f(net, torch.randn(shape)))
+    return res | {'hooks left behind':sum(len(m._forward_hooks) for m in net.modules())}
+
+def _macs(each=lambda m, out: out[0].numel()*m.weight[0].numel(), kinds=(nn.Linear,nn.Conv2d),
+          walk=lambda model: model.modules(), remove=True):
+    def f(model, xb):
+        counts = []
+        def count(m, inp, out): counts.append(each(m, out))
+        hooks = [m.register_forward_hook(count) for m in walk(model) if isinstance(m, kinds)]
+        model(xb)
+        for h in hooks*remove: h.remove()
+        return sum(counts)
+    return f
+
+macs = Piece('macs', _macs(), 'lesson 4, exercise 3', '`macs(model, xb)`',
+             lambda: (dict(model=k) for k in _counted), _counting)
+
+for what,f in {
+    'the numbers in a layer are counted: a filter is used at each place of its output':
+        _macs(lambda m,out: m.weight.numel()),
+    'all parameters are counted, biases too: a filter is used at each place of its output':
+        _macs(lambda m,out: m.weight.numel()+m.bias.numel()),
+    'biases are counted as well, which are added and not multiplied':
+        _macs(lambda m,out: out[0].numel()*(m.weight[0].numel()+1)),
+    'the whole batch is counted: per image, `out[0].numel()`':
+        _macs(lambda m,out: out.numel()*m.weight[0].numel()),
+    'a filter is taken for a single number: `m.weight[0].numel()` products for each number':
+        _macs(lambda m,out: out[0].numel()*m.weight.shape[1]),
+    'convolutions are left out': _macs(kinds=nn.Linear),
+    'layers inside of layers are left out, and a model that is one itself: `model.modules()`':
+        _macs(walk=lambda model: model.children()),
+    'the hooks stay on the model: keep what `register_forward_hook` gives, and `remove()` it':
+        _macs(remove=False),
+}.items(): macs.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #365db198
+def _modes(net): return [m.training for m in net.modules()]
+
+def _evaluating(f, in_eval_mode):
+    net,res = nn.Sequential(nn.Linear(2,2), nn.BatchNorm1d(2), nn.Dropout()),{}
+    for i in in_eval_mode: net[i].eval()
+    res['modes of all parts before'] = _modes(net)
+    with f(net): res['any in training mode inside?'] = any(_modes(net))
+    res['modes of all parts after'] = _modes(net)
+    try:
+        with f(net): raise KeyError('an error inside')
+    except KeyError as e: res['error'] = str(e)
+    return {'error':None} | res | {'modes of all parts after an error':_modes(net)}
+
+def _set_mode(m, training): m.training = training
+@contextmanager
+def _evaluate_inside(model, *, start=lambda m: m.eval(), back=_set_mode, after_error=True,
+                     swallow=False):
+    modes = [(m,m.training) for m in model.modules()]
+    start(model)
+    try: yield
+    except KeyError:
+        if after_error:
+            for m,t in modes: back(m, t)
+        if not swallow: raise
+    else:
+        for m,t in modes: back(m, t)
+
+evaluating = Piece('evaluating', _evaluate_inside, 'lesson 4, exercise 4',
+                   '`with evaluating(model):`',
+                   lambda: (dict(in_eval_mode=i) for i in ([], [1])), _evaluating)
+
+for what,parts in {
+    'all of the model is put into training mode afterwards: note the mode of each part before':
+        dict(back=lambda m,t: m.train()),
+    'all of the model is put into training mode afterwards, but not after an error: note the '
+    'mode of each part, and give it back in `finally`':
+        dict(back=lambda m,t: m.train(), after_error=False),
+    'the model stays in evaluation mode': dict(back=lambda m,t: None),
+    'after an error the model stays in evaluation mode: `try: ... finally: ...`':
+        dict(after_error=False),
+    'the model is not put into evaluation mode: `model.eval()`': dict(start=lambda m: None),
+    'an error is kept from the caller: `finally`, not `except`': dict(swallow=True),
+}.items():
+    evaluating.wrong(what)(lambda model, parts=parts: _evaluate_inside(model, **parts))
+
+# %% ../nbs/a1_check.ipynb #b3996f30
+def _with_betas():
+    for n in 1,2,4: yield dict(lr=0.1, steps=n)
+    yield dict(lr=0.1, steps=4, betas=(0.5,0.9))
+    yield dict(lr=0.1, steps=4, eps=0.5)
+
+def _descend_with(f, lr, steps, **kw):
+    return _descend(lambda params, lr: f(params, lr=lr, **kw), lr, steps)
+
+Adam = Piece('Adam', torch.optim.Adam, 'lesson 5, exercise 1',
+             '`Adam(params, lr, betas=..., eps=...)`', _with_betas, _descend_with)
+
+class _Adam(_Opt): # right, and short enough to be broken
+    def __init__(self, params, lr, betas=(0.9,0.999), eps=1e-8):
+        super().__init__(params, lr)
+        self.betas,self.eps = betas,eps
+    def direction(self, p, g):
+        t,m,v = self.state.get(p, (0,0.,0.))
+        t,m,v = self.state[p] = self.count(t),*self.means(m, v, g, *self.betas)
+        return self.ratio(m, v, *self.scales(t))
+    def count(self, t): return t+1
+    def means(self, m, v, g, b1, b2): return b1*m + (1-b1)*g,b2*v + (1-b2)*g**2
+    def scales(self, t): return [1-b**t for b in self.betas]
+    def ratio(self, m, v, c1, c2): return m/c1/((v/c2).sqrt()+self.eps)
+
+@Adam.wrong('the means are not corrected, and the first steps are wrong: `m/(1-beta1**t)`, '
+            'and `v` likewise')
+class _(_Adam):
+    def scales(self, t): return 1,1
+@Adam.wrong('the first mean is corrected, the second not: `v/(1-beta2**t)`')
+class _(_Adam):
+    def scales(self, t): return 1-self.betas[0]**t,1
+@Adam.wrong('`t` does not count the steps, and the correction is always that of the first')
+class _(_Adam):
+    def count(self, t): return 1
+@Adam.wrong('all parameters count their steps together: one whose gradients begin later '
+            'has had fewer')
+class _(_Adam):
+    t = 0
+    def step(self): self.t += 1; super().step()
+    def count(self, t): return self.t
+@Adam.wrong('`eps` is under the root: add it behind')
+class _(_Adam):
+    def ratio(self, m, v, c1, c2): return m/c1/(v/c2+self.eps).sqrt()
+@Adam.wrong('the root is forgotten')
+class _(_Adam):
+    def ratio(self, m, v, c1, c2): return m/c1/(v/c2+self.eps)
+@Adam.wrong('the second mean is one of gradients: of their squares, `g**2`')
+class _(_Adam):
+    def means(self, m, v, g, b1, b2): return b1*m + (1-b1)*g,b2*v + (1-b2)*g
+@Adam.wrong('the betas are exchanged')
+class _(_Adam):
+    def __init__(self, params, lr, betas=(0.9,0.999), eps=1e-8):
+        super().__init__(params, lr, betas[::-1], eps)
+@Adam.wrong('the new gradient enters the means whole, without its share `1-beta`')
+class _(_Adam):
+    def means(self, m, v, g, b1, b2): return b1*m + g,b2*v + g**2
+@Adam.wrong('the gradient itself is divided, and not its running mean (that is RMSprop)')
+class _(_Adam):
+    def means(self, m, v, g, b1, b2): return g*(1-b1**(self.now+1)),b2*v + (1-b2)*g**2
+    def count(self, t): self.now = t; return t+1
+
+# %% ../nbs/a1_check.ipynb #8e254659
+def _with_decay():
+    for n in 1,2: yield dict(lr=0.1, steps=n, weight_decay=0.5)
+    yield dict(lr=0.1, steps=4, momentum=0.9)
+    yield dict(lr=0.1, steps=4, momentum=0.9, weight_decay=0.5)
+
+class _Sgdw(_Sgd):
+    def decayed(self, p, g): return g
+    def move(self, p, g):
+        p *= self.factor()
+        super().move(p, g)
+    def factor(self): return 1-self.lr*self.wd
+
+SGDW = Piece('SGDW', _Sgdw, 'lesson 5, exercise 2',
+             '`SGDW(params, lr, momentum=..., weight_decay=...)`', _with_decay, _descend_with)
+
+SGDW.wrong('the decay is part of the gradient, and goes through the momentum buffer')(
+    torch.optim.SGD)
+SGDW.wrong('there is no momentum')(type('_', (_Sgdw,), dict(kept=lambda self,p,g: g)))
+for what,factor in {'there is no decay': lambda self: 1,
+                    'the factor forgets the learning rate: `1-lr*weight_decay`':
+                        lambda self: 1-self.wd,
+                    'the weights grow: `1-lr*weight_decay`, not `1+`':
+                        lambda self: 1+self.lr*self.wd,
+                    'the factor is taken twice': lambda self: (1-self.lr*self.wd)**2,
+                   }.items(): SGDW.wrong(what)(type('_', (_Sgdw,), dict(factor=factor)))
+@SGDW.wrong('the weights decay twice: beside the momentum, and in it as well')
+class _(_Sgdw):
+    def decayed(self, p, g): return g + self.wd*p
+@SGDW.wrong('the step comes first, and is shrunk with the weights: shrink before it')
+class _(_Sgdw):
+    def move(self, p, g):
+        _Sgd.move(self, p, g)
+        p *= self.factor()
+@SGDW.wrong('weights without a gradient shrink as well')
+class _(_Sgdw):
+    def step(self):
+        for p in self.ps:
+            if p.grad is None: p.data *= self.factor()
+        super().step()
+
+# %% ../nbs/a1_check.ipynb #b490af6f
+def _long_and_short():
+    for max_norm in 1.,10.:
+        yield dict(grads=[torch.tensor([3.]), torch.tensor([-4.])], max_norm=max_norm)
+    yield dict(grads=[torch.randn(3,4), torch.randn(4)], max_norm=0.1)
+
+def _clipped(f, grads, max_norm):
+    ps = [torch.zeros_like(g).requires_grad_() for g in grads]
+    for p,g in zip(ps, grads): p.grad = g.clone()
+    none = torch.zeros(2, requires_grad=True)
+    res = dict(result=f((p for p in [none,*ps]), max_norm)) # a generator, as parameters() is
+    return res | {f'gradient {i} after the call':p.grad for i,p in enumerate(ps)}
+
+clip_grad_ = Piece('clip_grad_', nn.utils.clip_grad_norm_, 'lesson 5, exercise 3',
+                   '`clip_grad_(params, max_norm)`', _long_and_short, _clipped)
+
+def _clip(scale=lambda gs, norm, most: [min(1, most/norm)]*len(gs), say=lambda gs, norm: norm):
+    def f(params, max_norm):
+        gs = [p.grad for p in params if p.grad is not None]
+        norm = torch.cat([g.flatten() for g in gs]).norm()
+        for g,s in zip(gs, scale(gs, norm, max_norm)): g.copy_(g*s)
+        return say(gs, norm)
+    return f
+
+for what,f in {
+    'each gradient is clipped by itself: all together, as one long vector':
+        _clip(lambda gs,norm,most: [min(1, most/g.norm()) for g in gs]),
+    'short gradients are made longer: scale only if they are longer than `max_norm`':
+        _clip(lambda gs,norm,most: [most/norm]*len(gs)),
+    'they are scaled to length 1, and not to `max_norm`':
+        _clip(lambda gs,norm,most: [1/norm if norm>most else 1.]*len(gs)),
+    'each number is cut off at `max_norm`: the direction has to stay':
+        _clip(lambda gs,norm,most: [g.clamp(-most, most)/g for g in gs]),
+    'the length afterwards is returned: take it before':
+        _clip(say=lambda gs,norm: torch.cat([g.flatten() for g in gs]).norm()),
+    'nothing is returned: `return norm`, the length before': _clip(say=lambda gs,norm: None),
+    '`params` can be walked only once, and is used up when it comes to scaling: '
+    '`list(params)`': _clip(lambda gs,norm,most: [1]*len(gs)),
+    'a parameter without a gradient is not left out: `if p.grad is not None`':
+        lambda params,max_norm: [p.grad.norm() for p in params],
+}.items(): clip_grad_.wrong(what)(f)
+
+@clip_grad_.wrong('the length lacks its root: the sum of squares is its square')
+def _(params, max_norm):
+    gs = [p.grad for p in params if p.grad is not None]
+    norm = sum(g.pow(2).sum() for g in gs)
+    for g in gs: g *= min(1, max_norm/norm)
+    return norm
+
+# %% ../nbs/a1_check.ipynb #3a8ebdb3
+def _lengths():
+    yield dict(n=2, lrs=[0.1])
+    yield dict(n=4, lrs=[0.1])
+    yield dict(n=10, lrs=[0.1,1.])
+
+def _scheduled(f, n, lrs):
+    ps = [torch.zeros(1, requires_grad=True) for _ in lrs]
+    opt = torch.optim.SGD([dict(params=[p], lr=lr) for p,lr in zip(ps, lrs)], lr=0.5)
+    sched,seen = f(opt, n),[]
+    for i in range(n+1):
+        if i: sched.step()
+        seen.append([float(g['lr']) for g in opt.param_groups])
+    return {f'lr of group {i}, from before the first step to after the last':[*lrs]
+            for i,lrs in enumerate(zip(*seen))}
+
+Cosine = Piece('Cosine', torch.optim.lr_scheduler.CosineAnnealingLR, 'lesson 5, exercise 4',
+               '`sched = Cosine(opt, n)`, then `sched.step()`', _lengths, _scheduled)
+
+class _Cos: # right, and short enough to be broken
+    def __init__(self, opt, n):
+        self.groups,self.n,self.i = opt.param_groups,n,0
+        self.lrs = [g['lr'] for g in self.groups]
+    def step(self):
+        self.i += 1
+        for g,lr in zip(self.groups, self.lrs): g['lr'] = self.new(g['lr'], lr, self.i/self.n)
+    def new(self, now, first, share): return first*(1+math.cos(math.pi*share))/2
+
+for what,new in {
+    'the cosine goes down to minus the first rate: `(1+cos)/2` goes from 1 to 0':
+        lambda self,now,first,s: first*math.cos(math.pi*s),
+    'it is a quarter of a cosine, steep at the end: `(1+cos(pi*i/n))/2`':
+        lambda self,now,first,s: first*math.cos(math.pi*s/2),
+    'it is a whole period, down and up again: half of one, `cos(pi*i/n)`':
+        lambda self,now,first,s: first*(1+math.cos(2*math.pi*s))/2,
+    'the rate is multiplied anew in each step: keep the first value, and multiply that':
+        lambda self,now,first,s: now*(1+math.cos(math.pi*s))/2,
+    'it is a straight line': lambda self,now,first,s: first*(1-s),
+    'the rate rises: `1+cos`, not `1-cos`':
+        lambda self,now,first,s: first*(1-math.cos(math.pi*s))/2,
+    'it is a step late: count, then take the cosine':
+        lambda self,now,first,s: first*(1+math.cos(math.pi*(s-1/self.n)))/2,
+    'all groups get the rate of the first':
+        lambda self,now,first,s: _Cos.new(self, now, self.lrs[0], s),
+    'the first group alone falls': lambda self,now,first,s: (
+        _Cos.new(self, now, first, s) if first==self.lrs[0] else now),
+}.items(): Cosine.wrong(what)(type('_', (_Cos,), dict(new=new)))
+
+# %% ../nbs/a1_check.ipynb #b5f4d7ae
+def _by_length(f, n, bs):
+    lengths = torch.randint(1, 100, (n,)).tolist()
+    s = f(lengths, bs)
+    one,two = ([[int(i) for i in b] for b in s] for _ in range(2))
+    by_batch = [[lengths[i] for i in b] for b in one]
+    tops = [*map(max, by_batch)]
+    return {'number of batches':len(one), 'most indices in a batch':max(map(len, one)),
+            'does each index come once?':sorted(i for b in one for i in b)==[*range(n)],
+            'are the lengths in each batch similar?':all(max(b)-min(b)<=30 for b in by_batch),
+            'do the batches come in the order of their length?':
+                tops in (sorted(tops), sorted(tops, reverse=True)),
+            'batches in the second epoch':len(two), 'has it another order?':one!=two,
+            'len(s)':len(s) if getattr(s, '__len__', None) else 'there is none'}
+
+ByLength = Piece('ByLength', None, 'lesson 6, exercise 1',
+                 '`s = ByLength(lengths, bs)`, walked twice; it gives batches of indices',
+                 lambda: (dict(n=n, bs=bs) for n,bs in ((40,2),(41,4),(1000,10))), _by_length)
+
+class _Bl: # right, and short enough to be broken
+    def __init__(self, lengths, bs):
+        self.lengths,self.bs = torch.tensor(lengths),bs
+        self.batches = self.cut(self.order())
+    def order(self): return self.lengths.argsort()
+    def cut(self, idxs): return [b.tolist() for b in idxs.split(self.bs)]
+    def __len__(self): return len(self.batches)
+    def __iter__(self):
+        return iter([self.batches[i] for i in torch.randperm(len(self.batches))])
+ByLength.ref = _Bl
+
+@ByLength.wrong('the indices are shuffled, and long and short ones share a batch: shuffle the '
+                'batches')
+class _(_Bl):
+    def __iter__(self): return iter(self.cut(torch.randperm(len(self.lengths))))
+@ByLength.wrong('the batches come in the order of their length, in each epoch')
+class _(_Bl):
+    def __iter__(self): return iter(self.batches)
+@ByLength.wrong(_same_order)
+class _(_Bl):
+    def __iter__(self):
+        if not hasattr(self, 'last'): self.last = [*super().__iter__()]
+        return iter(self.last)
+@ByLength.wrong(_used_up)
+class _(_Bl):
+    def __iter__(self):
+        if not hasattr(self, 'it'): self.it = super().__iter__()
+        return self.it
+@ByLength.wrong('the batches hold lengths: indices are asked for, `argsort` and not `sort`')
+class _(_Bl):
+    def order(self): return self.lengths.sort().values
+@ByLength.wrong(_no_rest)
+class _(_Bl):
+    def cut(self, idxs): return [b for b in super().cut(idxs) if len(b)==self.bs]
+@ByLength.wrong('there is no `__len__`, which gives the number of batches')
+class _(_Bl): __len__ = None
+
+# %% ../nbs/a1_check.ipynb #57142c68
+def _sequences():
+    for ns in (2,3,1),(3,1,4,1):
+        yield dict(samples=[(torch.arange(1,n+1), n%2) for n in ns])
+    yield dict(samples=[(torch.randn(n), torch.tensor(n%3)) for n in (2,5)])
+
+def _fill(xs, **kw): return nn.utils.rnn.pad_sequence(xs, batch_first=True, **kw)
+
+def _padded(samples, join=_fill, lens=lambda xs: torch.tensor([*map(len, xs)]),
+            parts=lambda xb, lens, yb: (xb,lens,yb)):
+    xs,ys = zip(*samples)
+    return parts(join(xs), lens(xs), torch.tensor(ys))
+
+def _three_parts(f, samples):
+    res = [*f(samples)]
+    return {'parts of the batch':len(res)} | dict(zip(('sequences','lengths','labels'), res))
+
+pad = Piece('pad', _padded, 'lesson 6, exercise 2', '`pad(samples)`', _sequences, _three_parts)
+
+for what,parts in {
+    'the zeros are in front: fill up at the end':
+        dict(join=lambda xs: _fill(xs, padding_side='left')),
+    'the sequences are columns: shape (bs, longest), `batch_first=True`':
+        dict(join=lambda xs: _fill(xs).T),
+    'all are cut to the shortest: fill up to the longest':
+        dict(join=lambda xs: _fill(xs)[:,:min(map(len, xs))]),
+    'the rows are filled up with something else than zeros':
+        dict(join=lambda xs: _fill(xs, padding_value=-1)),
+    'whole numbers have become floats: `torch.zeros(..., dtype=xs[0].dtype)`':
+        dict(join=lambda xs: _fill(xs).float()),
+    'each length is that of the filled-up row: take them before':
+        dict(lens=lambda xs: torch.full((len(xs),), len(_fill(xs)[0]))),
+    'the lengths are a list: make them a tensor': dict(lens=lambda xs: [*map(len, xs)]),
+    'the lengths are left out': dict(parts=lambda xb,lens,yb: (xb,yb)),
+    'the labels come before the lengths': dict(parts=lambda xb,lens,yb: (xb,yb,lens)),
+}.items(): pad.wrong(what)(lambda samples, parts=parts: _padded(samples, **parts))
+@pad.wrong('sequences of different lengths are stacked: fill them up first')
+def _(samples): return _padded(samples, join=torch.stack)
+
+# %% ../nbs/a1_check.ipynb #c0907218
+def _unequal():
+    yield dict(rows_of_class=[400,40], bs=20)
+    yield dict(rows_of_class=[40,400,400], bs=50)
+
+def _balance(f, rows_of_class, bs):
+    y = torch.cat([torch.full((n,), c) for c,n in enumerate(rows_of_class)])
+    dl = f(data.Dataset(torch.arange(len(y)).float()[:,None], y), bs)
+    one,two = ([*dl] for _ in range(2))
+    xb,yb = map(torch.cat, zip(*one))
+    counts = yb.bincount(minlength=len(rows_of_class))/len(yb)*len(rows_of_class)
+    return {'rows in an epoch':len(yb), 'rows in the first batch':len(one[0][1]),
+            'is the rarest class as frequent as the others?':bool(counts.min()>0.6),
+            'is it at least as frequent as in the data?':bool(counts.min()>0.05),
+            'does any row come twice?':len(xb.unique())<len(xb),
+            'do more than 10 different rows come?':len(xb.unique())>10,
+            'does each row have its own target?':y[xb.long().flatten()].equal(yb),
+            'has the second epoch another order?':not torch.cat([b[0] for b in two]).equal(xb)}
+
+def _weighted(weights=lambda n, y: 1/n[y], rows=len, **kw):
+    def f(ds, bs):
+        w = weights(ds.y.bincount(), ds.y)
+        return data.DataLoader(ds, bs, sampler=tud.WeightedRandomSampler(w, rows(ds), **kw))
+    return f
+
+balanced = Piece('balanced', _weighted(), 'lesson 6, exercise 3', '`balanced(ds, bs)`',
+                 _unequal, _balance)
+
+for what,f in {
+    'there is one weight for each class: one for each row, `weights[ds.y]`':
+        _weighted(lambda n,y: 1/n),
+    'rows are weighed by how frequent their class is: one over that':
+        _weighted(lambda n,y: n[y].float()),
+    'all rows weigh the same': _weighted(lambda n,y: torch.ones(len(y))),
+    'every row comes once, and the classes are as unequal as before: draw with replacement':
+        _weighted(replacement=False),
+    'an epoch is as short as the rarest class allows: as long as `ds`, `num_samples=len(ds)`':
+        _weighted(rows=lambda ds: len(ds.y.unique())*ds.y.bincount().min().item()),
+}.items(): balanced.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #b811c6bf
+def _moved(f, n):
+    dot,full = torch.zeros(n,28,28),torch.ones(n,784)
+    dot[:,14,14] = 1
+    xb,yb = dot.view(n,784),torch.arange(n)
+    outs,targets = zip(*[f((xb.clone(), yb)) for _ in range(400)])
+    draw,_,i,j = torch.stack(outs).view(-1,n,28,28).nonzero().T.tolist()
+    edges = torch.stack([f((full, yb))[0] for _ in range(20)])
+    return {'shape':tuple(outs[0].shape), 'targets':targets[0],
+            'moves up and down':sorted({v-14 for v in i}),
+            'moves left and right':sorted({v-14 for v in j}),
+            'different moves':len({*zip(i, j)}),
+            'is a batch moved as one?':len({*zip(draw, i, j)})==len(outs),
+            'does zero come in at the edges?':bool((edges==0).any()),
+            'is the batch as it was before?':bool(full.all())}
+
+def _window(ims, i, j, by): return F.pad(ims, (by,)*4)[:,by+i:by+i+28,by+j:by+j+28]
+
+def _shifted(low=lambda by: -by, high=lambda by: by+1, same=False,
+             move=lambda *args: _window(*args).reshape(-1,784)):
+    def f(b, by=2):
+        i,j = torch.randint(low(by), high(by), (2,)).tolist()
+        return move(b[0].view(-1,28,28), i, i if same else j, by),b[1]
+    return f
+
+shifted = Piece('shifted', _shifted(), 'lesson 6, exercise 4',
+                '`shifted(b)`, perhaps with `by=`', lambda: (dict(n=2), dict(n=2, by=1)),
+                _moved, options=('by',))
+
+for what,f in {
+    'the images move in one direction only: from `-by` to `by`': _shifted(low=lambda by: 0),
+    'one of the moves never comes: the end of `torch.randint` is not included':
+        _shifted(high=lambda by: by),
+    'they move along the diagonal: draw two numbers': _shifted(same=True),
+    'what leaves at one side comes in at the other: `F.pad`, and cut out a window':
+        _shifted(move=lambda ims,i,j,by: ims.roll((i,j), (1,2)).reshape(-1,784)),
+    'the rows are still images, where flat ones are right: `reshape(-1,784)`':
+        _shifted(move=_window),
+    'the images do not move': _shifted(move=lambda ims,*args: ims.reshape(-1,784)),
+    'the images of the data set itself are overwritten: make a new tensor':
+        _shifted(move=lambda ims,*args: ims.copy_(_window(ims, *args)).view(-1,784)),
+}.items(): shifted.wrong(what)(f)
+
+@shifted.wrong('each image moves by itself: one move for the whole batch')
+def _(b, by=2): return torch.cat([shifted.ref((im[None], 0), by)[0] for im in b[0]]),b[1]
+
+# %% ../nbs/a1_check.ipynb #84e1528e
+def _metric(f, out, yb, k):
+    m = f(k)
+    return dict(result=m(out, yb), name=training._name(m))
+
+def _topk(by, name='top{}'):
+    def f(k):
+        def metric(preds, yb): return by(preds, yb, k)
+        metric.__name__ = name.format(k)
+        return metric
+    return f
+
+topk = Piece('topk', _topk(topk_accuracy.ref), 'lesson 7, exercise 1',
+             '`metric = topk(k)`, then `metric(preds, yb)`', _first_k, _metric)
+for f,what in topk_accuracy.mistakes: topk.wrong(what)(_topk(f))
+topk.wrong("the column of the table has the wrong name: `metric.__name__ = f'top{k}'`")(
+    _topk(topk_accuracy.ref, 'metric'))
+
+# %% ../nbs/a1_check.ipynb #c752c153
+def _frozen(f, epochs, frozen, weight_decay):
+    net = nn.Sequential(nn.Linear(3,4), nn.ReLU(), nn.Linear(4,2))
+    opt = torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=weight_decay)
+    log,batches = [],_some_batches(8)
+    class Watch(training.Callback):
+        order = 1000                       # after all others
+        def before_epoch(self, run): self.before = [_weights(net[0]), _weights(net[2])]
+        def after_epoch(self, run):
+            log.append([_alike(_weights(l), w) for l,w in zip((net[0],net[2]), self.before)])
+    def fit(n, *cbs):
+        training.fit(n, net, F.cross_entropy, opt, batches, cbs=cbs, progress=False)
+    fit(epochs, f(net[0], frozen), Watch())
+    fit(1, Watch())
+    *log,later = log
+    return {'does the module stay as it is, epoch by epoch?':[a for a,_ in log],
+            'does the rest?':[b for _,b in log],
+            'does the module, in a later `fit` without Freeze?':later[0]}
+
+def _some_frozen():
+    for e,f,wd in (1,1,0),(3,1,0),(3,2,0.1): yield dict(epochs=e, frozen=f, weight_decay=wd)
+
+class _Fr(training.Callback): # right, and short enough to be broken
+    def __init__(self, module, epochs): self.module,self.epochs = module,epochs
+    def on(self, run): return run.epoch>=self.epochs
+    def before_epoch(self, run): self.what(run).requires_grad_(self.on(run))
+    def what(self, run): return self.module
+    def after_fit(self, run): self.module.requires_grad_(True)
+
+Freeze = Piece('Freeze', _Fr, 'lesson 7, exercise 2', '`fit(..., cbs=Freeze(module, epochs))`',
+               _some_frozen, _frozen)
+
+for what,parts in {
+    'it is frozen for an epoch too many: `run.epoch` is the number of epochs done':
+        dict(on=lambda self,run: run.epoch>self.epochs),
+    'it is frozen for an epoch too few: `run.epoch` is the number of epochs done':
+        dict(on=lambda self,run: run.epoch+1>=self.epochs),
+    'it is never released: look at `run.epoch` before each epoch':
+        dict(on=lambda self,run: False),
+    'the whole model is frozen, and not `module` alone': dict(what=lambda self,run: run.model),
+    'it is still frozen when the training is over: release it in `after_fit`':
+        dict(after_fit=lambda self,run: None),
+    'nothing is frozen': dict(before_epoch=lambda self,run: None),
+}.items(): Freeze.wrong(what)(type('_', (_Fr,), parts))
+@Freeze.wrong('its gradient is zeroed, but weight decay still moves it: a gradient of `None` '
+              'keeps it in place, which `requires_grad_(False)` gives')
+class _(_Fr):
+    def before_epoch(self, run): pass
+    def after_backward(self, run):
+        for p in self.module.parameters():
+            if not self.on(run): p.grad.zero_()
+
 # %% ../nbs/a1_check.ipynb #3dcb9f48
 pieces = {p.name:p for k,p in [*globals().items()] if isinstance(p, Piece) and p.name==k}
 
@@ -1729,7 +2868,7 @@ def _emptied(src, names, keep):
         lines[start:end] = [head.rstrip()]*bool(head.strip()) + new
     return '\n'.join(lines),{name for name,_ in turns}
 
-# %% ../nbs/a1_check.ipynb #5f9ed156
+# %% ../nbs/a1_check.ipynb #8b320f4d
 def _code(src, **nbgrader):
     meta = {'nbgrader': dict(schema_version=3, task=False, **nbgrader)} if nbgrader else {}
     return dict(cell_type='code', execution_count=None, metadata=meta, outputs=[], source=src)
@@ -1746,16 +2885,16 @@ def _checks(cells, names):
     return {name: max(defined.get(n, 0) if isinstance(n, str) else n for n in ns)
             for name,ns in needs.items()}
 
-def _lesson(nb, keep):
-    "A lesson with holes"
+def _lesson(nb, names, keep):
+    "A lesson with holes: the bodies of `names` are gone"
     cells = [{**c, 'source':''.join(c['source'])} for c in nb['cells']]
     own = {i:c['source'] for i,c in enumerate(cells)
            if c['cell_type']=='code' and '#| export' in c['source']}
     for i,src in own.items():
-        new,names = _emptied(src, {*pieces}, keep)
+        new,found = _emptied(src, names, keep)
         turn = dict(grade_id=cells[i]['id'], grade=False, solution=True, locked=False)
-        if names: cells[i] = _code(new, **turn) | dict(id=cells[i]['id'])
-    for name,i in sorted(_checks(own, {*pieces}).items(), key=lambda t: -t[1]):
+        if found: cells[i] = _code(new, **turn) | dict(id=cells[i]['id'])
+    for name,i in sorted(_checks(own, names).items(), key=lambda t: -t[1]):
         test = _code(f'check.{name}({name})', grade_id=f'check-{name}', grade=True,
                      solution=False, locked=True, points=1)
         cells.insert(i+1, test | dict(id=f'check-{name}'))
@@ -1780,6 +2919,8 @@ def exercises(
                          'another folder')
     to.mkdir(parents=True, exist_ok=True)
     for p in lessons:
-        nb = _lesson(json.loads(p.read_text(encoding='utf-8')), keep=nbgrader)
+        lesson = f'lesson {int(p.name[:2])},'
+        names = {k for k,piece in pieces.items() if piece.read.startswith(lesson)}
+        nb = _lesson(json.loads(p.read_text(encoding='utf-8')), names, nbgrader)
         (to/p.name).write_text(json.dumps(nb, indent=1, ensure_ascii=False), encoding='utf-8')
     print(f'{len(lessons)} lessons to fill in are in {to}{os.sep}: jupyter lab {to}')

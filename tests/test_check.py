@@ -28,15 +28,15 @@ def test_the_reference_is_right_in_all_cases_and_raises_in_none(p, capsys):
 @pytest.mark.parametrize('p,f,what', mistakes)
 def test_each_mistake_is_caught_and_named(p, f, what):
     text = message(p, f)
-    assert f'This is what comes out when {what}.' in text and 'yours' in text and 'right' in text
+    assert f'This is what comes out when {check._ended(what)}' in text and 'yours' in text and 'right' in text
     assert f'Read {p.read}' in text
 
 def test_the_sections_exist():
     for p in pieces.values():
-        n,section = re.fullmatch(r'lesson (\d+), "(.*)"', p.read).groups()
+        n,section,exercise = re.fullmatch(r'lesson (\d+), (?:"(.*)"|exercise (\d+))', p.read).groups()
         nb = json.loads(next((ROOT/'nbs').glob(f'{int(n):02}_*.ipynb')).read_text())
-        heads = [l.strip('# \n') for c in nb['cells'] if c['cell_type']=='markdown' for l in ''.join(c['source']).splitlines() if l.startswith('#')]
-        assert section in heads, p.read
+        lines = [l for c in nb['cells'] if c['cell_type']=='markdown' for l in ''.join(c['source']).splitlines()]
+        assert any(l.strip('# \n')==section if section else re.match(rf'(\*\*)?{exercise}\.', l) for l in lines), p.read
 
 # ---- right, but written otherwise
 
