@@ -111,11 +111,11 @@ def _outcomes(piece, f):
     _seed(0)
     return [_seed(i) or _outcome(piece, f, case) for i,case in enumerate(piece.cases())]
 
-# %% ../nbs/a1_check.ipynb #1596079c
+# %% ../nbs/a1_check.ipynb #87b166c3
 @cache
 def _known(piece):
     "What each mistake gives; the same every time, so it is kept"
-    return [(what,_outcomes(piece, f)) for f,what in piece.mistakes]
+    with _untouched(): return [(what,_outcomes(piece, f)) for f,what in piece.mistakes]
 
 def _ended(sentence): return sentence if sentence.endswith('?') else sentence+'.'
 
@@ -613,7 +613,7 @@ def _(x, dim=-1): return x.logsumexp(dim) - math.log(x.shape[dim])
 @logsumexp.wrong(_no_dim)
 def _(x, dim=-1): return x.logsumexp(-1)
 
-# %% ../nbs/a1_check.ipynb #118b3ca8
+# %% ../nbs/a1_check.ipynb #0844e900
 log_softmax = Piece('log_softmax', lambda x, dim=-1: x.log_softmax(dim),
                     'lesson 2, "log_softmax, and what is still lost"',
                     '`log_softmax(x)`, perhaps with `dim=`', _scores, options=('dim',))
@@ -632,6 +632,12 @@ def _(x): return x - x.exp().sum(0).log()
 def _(x): return _off(x) - _off(x).exp().sum(0).log()
 @log_softmax.wrong(_over_0)
 def _(x): return x.log_softmax(0)
+@log_softmax.wrong(_over_0)
+def _(x): return (x.exp()/x.exp().sum(0)).log()
+@log_softmax.wrong(_over_0)
+def _(x): return x.softmax(0).log()
+@log_softmax.wrong(_keepdim)
+def _(x): return (x.exp()/x.exp().sum(-1)).log()
 @log_softmax.wrong(_keepdim)
 def _(x): return x - x.exp().sum(-1).log()
 @log_softmax.wrong(_keepdim)
@@ -1055,7 +1061,7 @@ for what,end in {'there is no ReLU between the layers, and two linear layers are
 @mlp.wrong('one linear layer is missing: input to hidden, hidden to output')
 def _(n_in, nh, n_out): return nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU())
 
-# %% ../nbs/a1_check.ipynb #826b0f92
+# %% ../nbs/a1_check.ipynb #118f7e8f
 def _set_lr(opt, lr):
     if hasattr(opt, 'param_groups'): opt.param_groups[0]['lr'] = lr
     else: opt.lr = lr
@@ -1078,8 +1084,8 @@ def _plain():
     for n in 1,2,3: yield dict(lr=0.1, steps=n)
 
 Optimizer = Piece('Optimizer', optim.Optimizer, 'lesson 5, "`Optimizer`"',
-                  '`opt = Optimizer(params, lr)`, then `opt.step()` and `opt.zero_grad()`; its rate is '
-                  "`opt.param_groups[0]['lr']` or `opt.lr`",
+                  '`opt = Optimizer(params, lr)`, then `opt.step()` and `opt.zero_grad()`; '
+                  "its rate is `opt.param_groups[0]['lr']` or `opt.lr`",
                   _plain, _descend)
 
 class _Opt: # right, and short enough to be broken

@@ -164,7 +164,8 @@ class Checkpoint(Callback):
     def after_batch(self, run):       # batch 0 is the end of an epoch
         due = run.batch%self.every==0 if self.every else time.monotonic()>=self.due
         self.late = self.late or due or run.stop or run.epoch==run.epochs
-        whole = run.update and not run.ended if run.batch else True   # a finished step, and no look ahead
+        # only after a finished step, and not where the loader has looked ahead
+        whole = run.update and not run.ended if run.batch else True
         if self.late and whole: self.save(run)
     after_epoch = after_batch
     def save(self, run):
