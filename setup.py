@@ -10,7 +10,7 @@ cfg = config['DEFAULT']
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
     author=cfg['author'], license='Apache-2.0', packages=['minibatch'],
-    package_data={'minibatch': ['digits.npz', 'digits.md']},
+    package_data={'minibatch': ['digits.npz', 'digits.md', 'report.html']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'peers': cfg['peers_requirements'].split()},

@@ -145,7 +145,8 @@ _computed = (r'Linear\(.*bias=True\)|(ReLU|Flatten|Unflatten|Dropout)\(.*\)|'
 
 def _net(model, preds, x):
     "The layers of `model` for the page, and a sentence about their weights"
-    for l in model:
+    layers = [*model] if isinstance(model, nn.Sequential) else [model]
+    for l in layers:
         if not re.fullmatch(_computed, str(l)):
             raise ValueError(f'the page can compute layers as in mlp and cnn; got {l}')
     n = sum(p.numel() for p in model.parameters())
@@ -157,7 +158,7 @@ def _net(model, preds, x):
             dtype,say = torch.float16,(f'The net has {n:,} weights, here in 16 bits: of {len(x):,} '
                 f'predictions none changes, and no probability by more than {far:.4f}.')
     def packed(l): return {k: _pack(p.to(dtype)) for k,p in l.named_parameters()}
-    return [dict(kind=type(l).__name__, **packed(l)) for l in model], say
+    return [dict(kind=type(l).__name__, **packed(l)) for l in layers], say
 
 # %% ../nbs/13_cli.ipynb #81b5f565
 def report_html(model:nn.Sequential, # an `mlp` or a `cnn`, trained
@@ -170,16 +171,16 @@ def report_html(model:nn.Sequential, # an `mlp` or a `cnn`, trained
                )->str: # the page, which needs no other file
     "What became of a run, as one HTML page, with the net in it"
     x_train,y_train,x,y = data
-    n,table,preds = len(classes),confusion(preds.cpu(), y),preds.cpu()
-    sure,guess = preds.softmax(1).max(1)
-    order = torch.where(guess==y, sure, -sure).argsort()
-    cell = (y*n + guess)[order]
-    some = torch.cat([order[cell==c][:24] for c in range(n*n)])
-    some = order[torch.isin(order, some)]
-    near = torch.cat([(y_train==c).nonzero()[:100,0] for c in range(n)])
-    layers,say = _net(model, preds, x)
+    n,preds = len(classes),preds.cpu()
+    table = confusion(preds, y)
     right = table.trace().item()
     low,high = wilson(right, len(y))
+    sure,guess = preds.softmax(1).max(1)
+    order = torch.where(guess==y, sure, -sure).argsort()     # the surest mistake comes first
+    cell = (y*n + guess)[order]
+    some = order[torch.cat([(cell==c).nonzero()[:24,0] for c in range(n*n)]).sort()[0]]
+    near = torch.cat([(y_train==c).nonzero()[:100,0] for c in range(n)])
+    layers,say = _net(model, preds, x)
     run = dict(classes=classes, rows=history.rows, settings=settings, times=times,
         versions=dict(minibatch=__version__, torch=torch.__version__,
                       python=platform.python_version()),

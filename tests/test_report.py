@@ -1,6 +1,7 @@
 "The page of a run: what it says, and its net in a browser, drawn for by mouse and by finger"
 import base64, json, re, shutil, zlib
 from copy import deepcopy
+from pathlib import Path
 import pytest, torch
 from torch import nn
 from minibatch.all import *
@@ -177,11 +178,12 @@ def test_half_numbers(show, digits):
 
 @pytest.mark.site
 @pytest.mark.parametrize('draw', [by_mouse, by_touch])
-def test_digits_drawn_for_the_default_net(draw, show, tmp_path, bare, monkeypatch, capsys):
+def test_digits_drawn_for_the_default_net(draw, show, tmp_path, bare, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main([])==0
-    page = show((tmp_path/'minibatch-run'/'report.html').read_text(encoding='utf-8'), width=390 if draw is by_touch else 1280, has_touch=draw is by_touch)
-    top = page.evaluate('scrollY')
+    html = (tmp_path/'minibatch-run'/'report.html').read_text(encoding='utf-8')
+    assert str(tmp_path) not in html and str(Path.home()) not in html and '--seed 42' in show(html).locator('#repeat').inner_text()
+    page = show(html, width=390 if draw is by_touch else 1280, has_touch=draw is by_touch)
     for digit in '107': assert reads(page, digit, draw), digit
     assert draw is by_mouse or page.evaluate('document.documentElement.scrollWidth')==390
     page.locator('#undo').click()
