@@ -238,7 +238,7 @@ def train(
     resume:store_true=False, # go on in that folder; epochs, device and workers may change
     seed:int=None, # of the random numbers, the same seed gives the same run; default: 42
 )->int: # exit status: 0, or 130 if the run was interrupted
-    "Train a small network on handwriting; leave weights, history and pictures in a folder"
+    "Train a small network on handwriting; leave its weights and a report in a folder"
     given = {k: v for k,v in locals().items() if k not in ('out', 'resume')}
     out,times = Path(out),Times()
     _check_folder(out, resume)
