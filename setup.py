@@ -11,7 +11,7 @@ setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'].split(),
     author=cfg['author'], license='Apache-2.0', packages=['minibatch', 'minibatch.nbs'],
     package_dir={'minibatch.nbs': 'nbs'},                # `minibatch exercises` makes its notebooks from the lessons
-    package_data={'minibatch': ['digits.npz', 'digits.md'], 'minibatch.nbs': ['0*.ipynb']},
+    package_data={'minibatch': ['digits.npz', 'digits.md', 'report.html'], 'minibatch.nbs': ['0*.ipynb']},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split(), 'peers': cfg['peers_requirements'].split()},

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['lin', 'relu', 'mse', 'lin_grad', 'forward_and_backward', 'Lin', 'Relu', 'Mse', 'CrossEntropy', 'Model', 'softmax',
-           'logsumexp', 'log_softmax', 'nll', 'cross_entropy', 'accuracy', 'step', 'loop', 'DummyModule', 'ListModel',
-           'RegisteredModel', 'SequentialModel', 'mlp', 'Optimizer', 'SGD', 'Dataset', 'Sampler', 'collate',
-           'DataLoader', 'get_dls', 'evaluate', 'predict', 'train_step', 'fit', 'nearest', 'class_means', 'stack',
-           'mosaic', 'Sigmoid', 'central', 'Residual', 'two_halves', 'sharpen', 'soft_ce', 'bce', 'streaming_lse',
-           'ce_grad', 'topk_accuracy', 'loss_and_accuracy', 'accumulate', 'per_class', 'ParamModule', 'ResidualModel',
-           'macs', 'evaluating', 'Adam', 'SGDW', 'clip_grad_', 'Cosine', 'ByLength', 'pad', 'balanced', 'shifted',
-           'topk', 'Freeze', 'pieces', 'Raised', 'Wrong', 'Piece', 'check_file', 'exercises']
+           'logsumexp', 'log_softmax', 'nll', 'cross_entropy', 'accuracy', 'confusion', 'step', 'loop', 'DummyModule',
+           'ListModel', 'RegisteredModel', 'SequentialModel', 'mlp', 'Optimizer', 'SGD', 'Dataset', 'Sampler',
+           'collate', 'DataLoader', 'get_dls', 'evaluate', 'predict', 'train_step', 'fit', 'nearest', 'class_means',
+           'stack', 'mosaic', 'Sigmoid', 'central', 'Residual', 'two_halves', 'sharpen', 'soft_ce', 'bce',
+           'streaming_lse', 'ce_grad', 'topk_accuracy', 'loss_and_accuracy', 'accumulate', 'per_class', 'ParamModule',
+           'ResidualModel', 'macs', 'evaluating', 'Adam', 'SGDW', 'clip_grad_', 'Cosine', 'ByLength', 'pad', 'balanced',
+           'shifted', 'topk', 'Freeze', 'pieces', 'Raised', 'Wrong', 'Piece', 'check_file', 'exercises']
 
 # %% ../nbs/a1_check.ipynb #fc1c8a77
 import ast, inspect, itertools, json, linecache, math, os, re, signal
@@ -791,6 +791,28 @@ for what,f in {
         lambda out,yb: (out.argmax(1)==yb).float(),
 }.items(): accuracy.wrong(what)(f)
 
+# %% ../nbs/a1_check.ipynb #ebee072e
+confusion = Piece('confusion', metrics.confusion, 'lesson 3, "The loop"',
+                  '`confusion(out, yb)`', _guesses)
+
+def _counts(rows, cols, n): return (rows*n+cols).bincount(minlength=n*n).view(n,n)
+for what,f in {
+    'rows and columns are exchanged: row i is label i, column j what it was read as':
+        lambda out,yb: _counts(out.argmax(1), yb.long(), out.shape[1]),
+    'only those that are right are counted':
+        lambda out,yb: _counts(yb.long(), yb.long(), out.shape[1])*0 + torch.diag(
+            yb[out.argmax(1)==yb].long().bincount(minlength=out.shape[1])),
+    'the counts are shares of all rows: integers are expected':
+        lambda out,yb: metrics.confusion(out, yb)/len(yb),
+    'the counts are in one row: `reshape(n, n)` at the end':
+        lambda out,yb: metrics.confusion(out, yb).flatten(),
+    'a pair that comes several times is counted once: `c[i,j] += 1` with tensors of indices '
+    'does that':
+        lambda out,yb: metrics.confusion(out, yb).clamp(max=1),
+    'the table is only as large as the largest number seen: `minlength` is missing':
+        lambda out,yb: (yb.long()*out.shape[1] + out.argmax(1)).bincount(),
+}.items(): confusion.wrong(what)(f)
+
 # %% ../nbs/a1_check.ipynb #e979c93d
 def _weights(model): return {k: p.detach().clone() for k,p in model.named_parameters()}
 
@@ -1061,7 +1083,7 @@ for what,end in {'there is no ReLU between the layers, and two linear layers are
 @mlp.wrong('one linear layer is missing: input to hidden, hidden to output')
 def _(n_in, nh, n_out): return nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU())
 
-# %% ../nbs/a1_check.ipynb #118f7e8f
+# %% ../nbs/a1_check.ipynb #f4630d8d
 def _set_lr(opt, lr):
     if hasattr(opt, 'param_groups'): opt.param_groups[0]['lr'] = lr
     else: opt.lr = lr
@@ -1085,8 +1107,7 @@ def _plain():
 
 Optimizer = Piece('Optimizer', optim.Optimizer, 'lesson 5, "`Optimizer`"',
                   '`opt = Optimizer(params, lr)`, then `opt.step()` and `opt.zero_grad()`; '
-                  "its rate is `opt.param_groups[0]['lr']` or `opt.lr`",
-                  _plain, _descend)
+                  'its rate is `opt.param_groups[0]["lr"]` or `opt.lr`', _plain, _descend)
 
 class _Opt: # right, and short enough to be broken
     def __init__(self, params, lr, **kw):

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest, torch
 from minibatch.cli import main
 
-FILES = ['checkpoint', 'config.json', 'history.csv', 'loss.png', 'model.pt', 'predictions.png']
+FILES = ['checkpoint', 'config.json', 'history.csv', 'loss.png', 'model.pt', 'predictions.png', 'report.html']
 MAIN = 'from minibatch.cli import main; raise SystemExit(main())'
 
 def process(*argv, cwd, code=MAIN):

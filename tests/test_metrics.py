@@ -1,9 +1,9 @@
-"accuracy and report: against counting in Python, in every integer width, and with what goes wrong"
+"accuracy, confusion and report: against counting in Python, in every integer width, and with what goes wrong"
 import math
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
-from minibatch.metrics import accuracy, report
+from minibatch.metrics import accuracy, confusion, report
 
 INTS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -78,3 +78,21 @@ def test_report_wants_one_loss(capsys):
     with pytest.raises(ValueError, match='one class per row'): report(1., torch.eye(4), torch.arange(3))
     report(math.nan, torch.eye(4), torch.arange(4))
     assert capsys.readouterr().out=='loss nan, accuracy 1.000\n'
+
+@settings(deadline=None)
+@given(n=st.integers(0,40), c=st.integers(2,12), seed=st.integers(0,2**32-1), ydtype=st.sampled_from(INTS), dtype=st.sampled_from(FLOATS))
+def test_confusion_is_scikit_learns(n, c, seed, ydtype, dtype):
+    from sklearn.metrics import confusion_matrix
+    g = torch.Generator().manual_seed(seed)
+    out,yb = torch.randn(n, c, generator=g).to(dtype),torch.randint(0, c, (n,), generator=g)
+    table = confusion(out, yb.to(ydtype))
+    want = confusion_matrix(yb, out.argmax(1), labels=range(c)) if n else torch.zeros(c, c)
+    assert table.dtype==torch.int64 and table.equal(torch.as_tensor(want).long())
+
+def test_confusion_of_pixels_and_of_what_cannot_be_counted():
+    out,yb = torch.randn(2,4,5,3),torch.randint(0,4,(2,5,3))
+    assert confusion(out, yb).equal(confusion(out.movedim(1,-1).reshape(-1,4), yb.flatten()))
+    for bad in (-100, 4):
+        with pytest.raises(ValueError, match=f'labels should be 0 to 3; got .*{bad}'): confusion(out, torch.where(yb==yb.max(), bad, yb))
+    with pytest.raises(ValueError, match='nan among'): confusion(out*math.nan, yb)
+    with pytest.raises(ValueError, match='target has shape'): confusion(out, yb[:1])
