@@ -95,7 +95,7 @@ def test_predict_is_one_forward_pass():
 
 def test_predict_trees():
     class Two(nn.Module):
-        def forward(self, a, b): return dict(sum=a+b, parts=(a, [b[:,:2]]))
+        def forward(self, a, b): return dict(sum=a+b, parts=(a, (b[:,:2],)))
     a,b,y = torch.randn(7,3),torch.randn(7,3),torch.zeros(7)
     got = predict(Two(), zip(a.split(4), b.split(4), y.split(4)))
     assert torch.equal(got['sum'], a+b) and torch.equal(got['parts'][0], a) and torch.equal(got['parts'][1][0], b[:,:2])
