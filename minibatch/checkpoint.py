@@ -116,7 +116,10 @@ def _replay(batches, n, dl, start, now):
     "The rest of an epoch after `n` batches: begins as at `start`, and goes on as of `now`"
     _set_rng(start, dl)
     it = iter(batches)
-    for _ in range(n): next(it)
+    for _ in range(n):
+        if next(it, dl) is dl: raise ValueError(
+            f'The epoch ends before batch {n}. A callback that shortens it should count from '
+            'its beginning: this loader can only go on from there')
     _set_rng(now, dl)
     yield from it
 
