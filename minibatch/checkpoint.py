@@ -6,7 +6,7 @@
 __all__ = ['Checkpoint']
 
 # %% ../nbs/09_checkpoint.ipynb #4389223a
-import io, math, operator, os, time, zipfile
+import io, operator, os, time, zipfile
 import numpy as np, torch
 from collections import OrderedDict
 from copy import copy
