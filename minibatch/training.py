@@ -212,7 +212,7 @@ class Run:
         own = {*self.model.parameters()}
         return [p for p in self.params() if p not in own]
     def holders(self): # of random generators, perhaps
-        return self.train_dl, self.valid_dl, self.model, self.loss_func, *self.cbs
+        return self.train_dl, self.valid_dl, self.model, self.loss_func
     def walk(self, batches):
         "Inputs, target, weight, and of how many batches: those of weight 0 are left out"
         walked,self.ended,self.taken = 0,False,self.batch
