@@ -263,8 +263,8 @@ class DataLoader(tud.DataLoader):
                  dataset, # has `__getitem__` and `__len__`, or is an `IterableDataset`
                  batch_size=1, # samples per batch; `None`: single samples, no batches
                  shuffle:bool=None, # a new random order every epoch?
-                 sampler=None, # gives indices, instead of `shuffle`; to go on with workers, not
-                               # drawn one by one from a global generator
+                 sampler=None, # gives indices, instead of `shuffle`; to go on with workers,
+                               # not drawn one by one from a global generator
                  batch_sampler=None, # gives batches of indices, as `Sampler` does
                  num_workers:int=0, # processes that fetch; 0: this one does
                  collate_fn=None, # list of samples -> batch; `None`: `collate`
