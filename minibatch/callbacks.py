@@ -58,6 +58,23 @@ class ClipGrad(Callback):
         if run.update: nn.utils.clip_grad_norm_(run.params(), self.max_norm)
 
 # %% ../nbs/08_callbacks.ipynb #abc74be0
+def _weights(run):
+    "What a run trains (not copied), and all buffers, those that `state_dict` leaves out too"
+    loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Module()
+    return dict(model=run.model.state_dict(), loss=loss.state_dict(),
+                others=[p.detach() for p in run.others()],
+                buffers=[b.detach() for m in (run.model,loss) for b in m.buffers()])
+
+@torch.no_grad()
+def _put_back(run, s):
+    loss = run.loss_func if isinstance(run.loss_func, nn.Module) else nn.Module()
+    run.model.load_state_dict(s['model'])
+    loss.load_state_dict(s['loss'])
+    bufs = [b for m in (run.model,loss) for b in m.buffers()]
+    for t,v in zip([*run.others(), *bufs], [*s['others'], *s['buffers']]):
+        if t.shape!=v.shape: t.resize_(v.shape)
+        t.copy_(v)
+
 class EarlyStop(Callback):
     "Ends the run when a figure of the table no longer improves"
     def __init__(self,
@@ -68,6 +85,7 @@ class EarlyStop(Callback):
                 ):
         if best not in (None,min,max):
             raise ValueError(f'best is {best!r}: expected the function min or max')
+        if patience<1: raise ValueError(f'patience is {patience}: expected at least 1')
         self.metric,self.patience,self.restore = metric,patience,restore
         self.best = best or (min if metric.endswith('loss') else max)
         self.kept = {}
@@ -79,13 +97,13 @@ class EarlyStop(Callback):
         kept,v = self.kept,run.row[self.metric]
         if self.best(kept['record'], v)!=kept['record']:         # nan changes nothing
             kept.update(record=v, bad=0, epoch=run.epoch, figures=[*run.figures])
-            if self.restore: kept['weights'] = deepcopy(dict(run.model.state_dict()))
+            if self.restore: kept['weights'] = deepcopy(_weights(run))
         else: kept['bad'] += 1
         run.stop = run.stop or kept['bad']>=self.patience
     def after_fit(self, run):
-        kept = self.kept
-        if not kept.get('weights'): return
-        run.model.load_state_dict(kept['weights'])
+        kept,weights = self.kept,self.kept.pop('weights', None)    # of this run only
+        if not weights: return
+        _put_back(run, weights)
         run.figures = tuple(kept['figures'])
         print(f"Weights of epoch {kept['epoch']}: {self.metric} {kept['record']:.4f}")
     def state_dict(self): return self.kept
@@ -134,10 +152,10 @@ class LRFinder(Callback):
         self.lrs,self.losses,self.saved = [],[],None
     def before_fit(self, run):
         self.lrs,self.losses = [],[]
-        others = nn.ParameterList(run.others())
-        parts = run.model,others,run.opt,run.loss_func,run.train_dl,*run.cbs
+        parts = run.opt,run.train_dl,*run.cbs
         self.saved = [(o, deepcopy(o.state_dict())) for o in parts if hasattr(o, 'state_dict')]
-        self.rng = _get_rng(run.train_dl)
+        self.weights,self.rng = deepcopy(_weights(run)),_get_rng(*run.holders())
+        self.rest = getattr(run.train_dl,'_resume',None)      # of an epoch to go on with
     def before_epoch(self, run): # over and over again
         run.batches = itertools.chain.from_iterable(itertools.repeat(run.train_dl, self.steps))
     def before_batch(self, run):
@@ -152,8 +170,10 @@ class LRFinder(Callback):
     def after_fit(self, run):
         if not self.saved: return
         for o,state in self.saved: o.load_state_dict(state)
-        _set_rng(self.rng, run.train_dl)
-        self.saved = None
+        if hasattr(run.train_dl,'_resume'): run.train_dl._resume = self.rest
+        _put_back(run, self.weights)
+        self.saved,self.weights = None,None
+        _set_rng(self.rng, *run.holders())
 
 # %% ../nbs/08_callbacks.ipynb #b4c220f9
 @patch

@@ -6,16 +6,16 @@
 __all__ = ['Checkpoint']
 
 # %% ../nbs/09_checkpoint.ipynb #4389223a
-import io, math, operator, os, time, zipfile
+import io, operator, os, time, zipfile
 import numpy as np, torch
 from collections import OrderedDict
 from copy import copy
 from pathlib import Path
 from torch import nn, Tensor
-from .data import _gens, _owners, _get_rng, _set_rng
+from .data import DataLoader, _gens, _get_rng, _set_rng
 from .training import *
 from .training import Run, _Means
-from .callbacks import LRFinder, Schedule
+from .callbacks import LRFinder, Schedule, _put_back, _weights
 from fastcore.basics import patch
 
 # %% ../nbs/09_checkpoint.ipynb #b10b8ff1
@@ -28,12 +28,13 @@ def state_dict(self:Run
     self.means.read()                 # what waits to be added to the sums
     means = self.means
     return dict(
-        model=self.model.state_dict(), opt=self.opt.state_dict(),
-        loss=self.loss_func.state_dict() if isinstance(self.loss_func, nn.Module) else {},
-        others=[p.detach() for p in self.others()],
+        **_weights(self),             # lesson 8: model, loss, others, buffers
+        opt=self.opt.state_dict(),
+        trains=[p.requires_grad for p in self.model.parameters()],
+        modes=[m.training for m in self.model.modules()],
         loader=self.train_dl.state_dict() if hasattr(self.train_dl,'state_dict') else None,
         cbs=[cb.state_dict() for cb in _stateful(self.cbs)],
-        rng=_get_rng(self.train_dl),
+        rng=_get_rng(*self.holders()),
         epoch=self.epoch, batch=self.batch, stop=self.stop, figures=list(self.figures),
         means=[means.n, means.batches, list(means.sums)],
         seconds=time.perf_counter()-self.start if self.batch else 0.)
@@ -44,14 +45,17 @@ def load_state_dict(self:Run,
                     s:dict): # from `state_dict` of a run that was set up in the same way
     "Go on from `s`"
     if s['loader'] is not None: self.train_dl.load_state_dict(s['loader'])
-    self.model.load_state_dict(s['model'])
-    for p,v in zip(self.others(), s['others']): p.data.copy_(v)
-    if s['loss']: self.loss_func.load_state_dict(s['loss'])
+    if not s['batch'] and hasattr(self.train_dl,'_resume'):
+        self.train_dl._resume = None  # the epoch is over, wherever a callback left the loader
+    _put_back(self, s)
+    for p,on in zip(self.model.parameters(), s['trains']): p.requires_grad_(on)
+    for m,on in zip(self.model.modules(), s['modes']): m.training = on
     self.opt.load_state_dict(s['opt'])
+    self.opt._opt_called = True       # for PyTorch's schedulers: it has taken steps before
     for cb,state in zip(_stateful(self.cbs), s['cbs']): cb.load_state_dict(state)
     for k in 'epoch','batch','stop','seconds': setattr(self, k, s[k])
     self.means,self.figures = _Means(*s['means']),tuple(s['figures'])
-    _set_rng(s['rng'], self.train_dl)
+    _set_rng(s['rng'], *self.holders())
 
 # %% ../nbs/09_checkpoint.ipynb #6312d826
 def _save(state, path):
@@ -91,7 +95,7 @@ def _plain(o, at='state'):
     return o
 
 # %% ../nbs/09_checkpoint.ipynb #f58d8fdb
-_format = 'minibatch checkpoint 2'
+_format = 'minibatch checkpoint 3'
 
 def _read(path):
     "The state that a run left in `path`"
@@ -112,11 +116,20 @@ def _replay(batches, n, dl, start, now):
     "The rest of an epoch after `n` batches: begins as at `start`, and goes on as of `now`"
     _set_rng(start, dl)
     it = iter(batches)
-    for _ in range(n): next(it)
+    for _ in range(n):
+        if next(it, dl) is dl: raise ValueError(
+            f'The epoch ends before batch {n}. A callback that shortens it should count from '
+            'its beginning: this loader can only go on from there')
     _set_rng(now, dl)
     yield from it
 
 # %% ../nbs/09_checkpoint.ipynb #a167e051
+def _ends(sched):
+    "Pairs: the steps after which a schedule, or one inside it, is at its end, and its steps"
+    end = getattr(sched, 'total_steps', getattr(sched, 'T_max', None))
+    inner = [e for s in getattr(sched,'_schedulers',()) for e in _ends(s)]
+    return [(end,sched.last_epoch), *inner] if end else inner
+
 def _about(run):
     "What two runs must have in common for one to go on where the other was"
     dl,size = run.train_dl,operator.length_hint
@@ -124,7 +137,9 @@ def _about(run):
     return dict(
         optimizer=type(run.opt).__name__, metrics=run.names,
         callbacks=[type(getattr(cb,'sched',cb)).__name__ for cb in _stateful(run.cbs)],
-        generators=len(_gens(dl, *_owners(dl))),
+        steps=[[n for n,_ in _ends(cb.sched)] for cb in run.cbs if isinstance(cb, Schedule)],
+        generators=len(_gens(*run.holders())),
+        frozen=sum(not p.requires_grad for p in run.model.parameters()),
         others=[list(p.shape) for p in run.others()],
         examples=size(getattr(dl,'dataset',()), -1),
         batch_size=getattr(dl,'batch_size',None), batches=size(dl, -1),
@@ -137,6 +152,8 @@ def _unfit(run, path):
     if path.is_dir(): return f'{path} is a folder: expected a file, such as run.ckpt'
     if n>1: return f'{n} Checkpoints would each restore the run: give one'
     if any(isinstance(cb, LRFinder) for cb in run.cbs): return 'LRFinder puts everything back'
+    if isinstance(dl, DataLoader) and (why := dl._unknown(mid=True)):
+        return f'the loader could not go on: {why}'
     if getattr(dl,'persistent_workers',False) and not hasattr(dl,'state_dict'):
         return ("workers that outlive an epoch keep random states that nobody can read: "
                 "take minibatch's DataLoader, or persistent_workers=False")
@@ -156,6 +173,7 @@ class Checkpoint(Callback):
     def before_fit(self, run):
         if why := _unfit(run, self.path): raise ValueError(why)
         self.about,self.start,self.due,self.late = _about(run),None,0.,False
+        self.lrs = _lrs(run)          # with which the program begins
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists(): return self.resume(run, _read(self.path))
         self.save(run)                # a trial
@@ -164,15 +182,17 @@ class Checkpoint(Callback):
     def after_batch(self, run):       # batch 0 is the end of an epoch
         due = run.batch%self.every==0 if self.every else time.monotonic()>=self.due
         self.late = self.late or due or run.stop or run.epoch==run.epochs
-        # only after a finished step, and not where the loader has looked ahead
-        whole = run.update and not run.ended if run.batch else True
-        if self.late and whole: self.save(run)
+        # only after a finished step, and where the loader is at this batch, not elsewhere
+        at = getattr(run.train_dl,'_at',{}).get('batch', run.batch)
+        here = not run.ended and run.taken==at==run.batch
+        if self.late and (not run.batch or run.update and here): self.save(run)
     after_epoch = after_batch
     def save(self, run):
         "Write the state of `run`, and note when the next time is due"
         self.late,begin,state = False,time.monotonic(),run.state_dict()
         if run.means.bad: return      # the loss is not finite: `fit` is about to stop
-        state.update(format=_format, epochs=run.epochs, about=self.about, start=self.start)
+        state.update(format=_format, epochs=run.epochs, about=self.about, start=self.start,
+                     lrs=self.lrs)
         _save(_plain(state), self.path)
         now = time.monotonic()
         self.due = now + (now-begin)/self.share
@@ -182,18 +202,18 @@ def _lrs(run): return [g.get('initial_lr', g['lr']) for g in run.opt.param_group
 
 def _found(run, s):
     "What there is to do for a run that has loaded `s`"
-    if s['stop']: return (f'the run was stopped by a callback after {run.epoch} epochs; nothing '
-                          'is left to do. Remove the file to begin anew')
-    if s['epoch']<s['epochs']: return f'going on after {run.epoch} epochs and {run.batch} batches'
+    if s['stop']: return (f'the run was stopped by a callback after {run.epoch} epochs; '
+                          'nothing is left to do. Remove the file to begin anew')
+    if s['epoch']<s['epochs']:
+        return f'going on after {run.epoch} epochs and {run.batch} batches'
     if run.epochs<=run.epoch: return (f'the run of {run.epoch} epochs is finished; nothing is '
                                       'left to do. Remove the file to begin anew')
     for sched in [cb.sched for cb in run.cbs if isinstance(cb, Schedule)]:
-        n = getattr(sched, 'total_steps', getattr(sched, 'T_max', math.inf))
-        if sched.last_epoch>=n:
-            raise ValueError(f'the run of {s["epochs"]} epochs is finished, and its '
-                f'{type(sched).__name__} of {n} steps at its end, so there is no learning rate '
-                f'for {run.epochs} epochs: begin anew with another file, from its "model" if '
-                'you like')
+        for n,done in _ends(sched):
+            if done>=n: raise ValueError(
+                f'the run of {s["epochs"]} epochs is finished, and its {type(sched).__name__} '
+                f'of {n} steps at its end, so there is no learning rate for {run.epochs} '
+                'epochs: begin anew with another file, from its "model" if you like')
     return f'a finished run of {run.epoch} epochs, going on to {run.epochs}'
 
 # %% ../nbs/09_checkpoint.ipynb #77975442
@@ -205,18 +225,20 @@ def resume(self:Checkpoint, run, s):
         if was!=now:
             raise ValueError(f'{self.path} is of another run: there {k} is {was}, here {now}. '
                              'Set everything up as it was, or choose another path')
-    lrs = _lrs(run)
     run.load_state_dict(s)
     self.start,self.now = s['start'],s['rng']
     print(f'{self.path.name}: {_found(run, s)}')
-    if lrs!=_lrs(run): print(f'{self.path.name}: the learning rate stays {_lrs(run)}, as the '
-                             f'run began with; {lrs} is for a new run, in another file')
+    if self.lrs!=s['lrs']: print(
+        f'{self.path.name}: the learning rate stays {s["lrs"]}, as the run began with; '
+        f'{self.lrs} is for a new run, in another file')
+    self.lrs = s['lrs']
 
 # %% ../nbs/09_checkpoint.ipynb #b15b8279
 @patch
 def before_epoch(self:Checkpoint, run):
     dl = run.train_dl
     whole = not hasattr(dl,'state_dict')         # no way but from the beginning?
+    if run.epoch and not run.batch and hasattr(dl,'_resume'): dl._resume = None     # see above
     if not run.batch: self.start = _get_rng(dl) if whole else None
     elif whole: run.batches = _replay(run.batches, run.batch, dl, self.start, self.now)
     else: _set_rng(self.now, dl)

@@ -8,6 +8,7 @@ __all__ = ['compiled_step']
 # %% ../nbs/12_compile.ipynb #a038eadc
 import inspect, warnings
 import torch
+from copy import deepcopy
 from torch import Tensor
 from torch.func import functional_call, grad_and_value
 from torch.utils._pytree import tree_map_only
@@ -16,9 +17,9 @@ from .optim import SGD
 from .training import train_step
 
 # %% ../nbs/12_compile.ipynb #a157b0c6
-def _by_weights(run):
+def _by_weights(run, model=None):
     "A batch as a function of weights and buffers: gradients, loss, predictions, new buffers"
-    model,loss_func = run.model,run.loss_func
+    model,loss_func = model or run.model,run.loss_func
     weights,buffers = dict(model.named_parameters()),dict(model.named_buffers())
     names = [*weights, *buffers]
     def loss(ps, bufs, xb, yb):
@@ -52,16 +53,20 @@ def _reason(e):
     while inner := getattr(e,'inner_exception',None) or e.__cause__: e = inner
     return f'{type(e).__name__}: {(str(e).strip() or "no message").splitlines()[0]}'
 
-def _first(run, f, ps, bufs):
-    "Train a batch eagerly; the gradients it gave, and why `f` cannot take over, if it cannot"
+def _first(run, ps, bufs):
+    "Train a batch eagerly; the gradients it gave, and why a graph cannot do it, if it cannot"
     rng,grads,why = _get_rng(None),[],None
-    try: gs,loss,*_ = f([p.detach().clone() for p in ps], bufs, run.xb, run.yb)
+    try:
+        f = _by_weights(run, deepcopy(run.model))[0]      # `forward` may count, or keep things
+        gs,loss,*_ = f([p.detach().clone() for p in ps], bufs, run.xb, run.yb)
     except Exception as e: why = _reason(e)
     _set_rng(rng, None)
     run.after_backward.append(lambda _: grads.extend(p.grad for p in ps))
     try: train_step(run)
     finally: run.after_backward.pop()
     if why: return grads,why
+    if any(a is not b for a,b in zip(bufs, run.model.buffers())):
+        return grads,'forward puts new tensors in place of buffers: change them by copy_'
     for ours,g in zip([loss,*gs], [run.loss,*grads]):
         if g is None: continue
         if g.is_sparse: return grads,'a gradient is sparse'
@@ -76,7 +81,7 @@ _numbers = 'lr','momentum','weight_decay'
 def _graph(run, options):
     "Train this batch eagerly; a function that trains the next ones, or why there is none"
     f,ps,bufs = _by_weights(run)
-    grads,why = _first(run, f, ps, bufs)
+    grads,why = _first(run, ps, bufs)
     if why: return why
     opt,sgd = run.opt,_is_sgd(run.opt)
     group = {p:j for j,g in enumerate(opt.param_groups) for p in g['params']}
@@ -121,21 +126,28 @@ def _unfit(run):
     if run.before_backward or run.after_backward: return 'a callback acts around backward'
     if run.others(): return 'the optimizer trains more than the parameters of the model'
 
-def _key(run):
+def _tensors(model):
+    return [d for m in model.modules() for d in (m._parameters,m._buffers) if d]
+
+def _key(run, dicts):
     "What makes another graph: other objects, other memory, other weights that train"
-    state = [*run.model.parameters(), *run.model.buffers()]
-    objects = map(id, (run.model, run.loss_func, run.opt))
-    places = [(t.data_ptr(), t.requires_grad) for t in state]
+    objects = map(id, (run.model, run.loss_func, run.opt, *run.params()))
+    state = [t for d in dicts for t in d.values() if t is not None]
+    places = [(id(t), t.data_ptr(), t.requires_grad) for t in state]
     return *objects, _is_sgd(run.opt), *places
 
 def compiled_step(**options # of `torch.compile`; on a GPU, by default, mode='reduce-overhead'
                  ): # `step(run)`, for `fit(..., step=compiled_step())`
     "`train_step` as one compiled graph; where that cannot be it says why, once, and is eager"
-    graphs,said,now = {},[],(None,None,None)
+    graphs,said,now,dicts = {},[],(None,None,None),[]
     def step(run):
-        nonlocal now
-        if now[0] is not run or not run.batch: now = run,_key(run),_unfit(run)
+        nonlocal now,dicts
+        if now[0] is not run or not run.batch: dicts,now = _tensors(run.model),(None,None,None)
+        key = _key(run, dicts)                      # a callback may freeze, clamp, load, add
+        if key!=now[1]: now = run,key,_unfit(run)
         _,key,why = now
+        if not why and key not in graphs and sum(r is run for _,r in graphs.values())==8:
+            why = 'weights were replaced or frozen too often (8 graphs): change them by copy_'
         if why: train_step(run)
         elif key not in graphs:                     # the first batch
             graphs[key] = _graph(run, options),run

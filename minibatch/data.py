@@ -11,7 +11,8 @@ import numpy as np, numpy.random, torch, torch.utils.data as tud
 from collections import deque
 from collections.abc import Iterator
 from copy import deepcopy
-from types import GenericAlias
+from functools import partial
+from types import GenericAlias, MethodType, ModuleType
 from torch import Tensor
 from torch._utils import ExceptionWrapper
 from torch.utils._pytree import tree_map, tree_map_only
@@ -80,7 +81,8 @@ def collate(samples:list, # tensors, arrays, numbers, strings; or tuples, lists,
 def _rows(a, i):
     "Rows `i` of `a` as a tensor: a view for a slice, one gather for a tensor of indices"
     if isinstance(a, Tensor):
-        if isinstance(i, slice): return a[i]
+        odd = a.dtype in (torch.uint16,torch.uint32,torch.uint64)    # index_select refuses
+        if isinstance(i, slice) or odd: return a[i]
         return a.index_select(0, i if a.is_cpu else i.to(a.device))
     b = np.asarray(a[i] if isinstance(i, slice) else a[i.numpy()])
     if not b.flags.writeable: b = b.copy()
@@ -192,17 +194,33 @@ class _Tasks:
 
 # %% ../nbs/06_data.ipynb #62374d25
 def _owners(dl):
-    "The dataset and the samplers of a loader"
-    bs = getattr(dl,'batch_sampler',None)
-    all_ = getattr(dl,'dataset',None), getattr(dl,'sampler',None), bs, getattr(bs,'sampler',None)
+    "The dataset of a loader (of a `Subset`, the one inside), and its samplers"
+    ds,bs = getattr(dl,'dataset',None),getattr(dl,'batch_sampler',None)
+    while isinstance(ds, Subset) and not hasattr(ds,'load_state_dict'): ds = ds.dataset
+    all_ = ds, getattr(dl,'sampler',None), bs, getattr(bs,'sampler',None)
     return [o for i,o in enumerate(all_) if not any(o is p for p in all_[:i])]
 
 _kinds = torch.Generator, random.Random, np.random.Generator, np.random.RandomState
 
-def _gens(*owners):
-    "The random generators that are attributes of `owners`"
-    vals = [v for o in owners for v in getattr(o,'__dict__',{}).values()]
-    return [*dict.fromkeys(v for v in vals if isinstance(v, _kinds))]
+def _inside(o):
+    "What `o` holds; a long list is data"
+    if isinstance(o, (list,tuple,dict)) and len(o)>1000: return []
+    if isinstance(o, (list,tuple)): return [*o]
+    if isinstance(o, dict): return [*o.values()]
+    if isinstance(o, MethodType): return [o.__self__]
+    if isinstance(o, partial): return [o.func, o.args, o.keywords]
+    return [v for k,v in getattr(o,'__dict__',{}).items() if k not in ('_pool','_iterator')]
+
+def _gens(*owners, but=()):
+    "The random generators that `owners` hold, or what they hold holds, but not in `but`"
+    found,seen,todo = [],{id(o):o for o in but},[*reversed(owners)]
+    while todo:
+        o = todo.pop()
+        if id(o) in seen or isinstance(o, (Tensor,np.ndarray,str,type,ModuleType)): continue
+        seen[id(o)] = o
+        if isinstance(o, _kinds): found.append(o)
+        else: todo += reversed(_inside(o))
+    return found
 
 def _parts(*owners): return [o for o in owners if hasattr(o,'load_state_dict')]
 
@@ -224,17 +242,17 @@ def _write(g, s):
     elif hasattr(g,'set_state'): g.set_state(tuple(s))
     else: g.bit_generator.state = s
 
-def _all_gens(dl):
+def _all_gens(*owners):
     ours = torch.default_generator, *torch.cuda.default_generators, random, np.random
-    return [*ours, *_gens(dl, *_owners(dl))]
+    return [*ours, *_gens(*owners)]
 
-def _get_rng(dl):
+def _get_rng(dl, *more):
     "The states of all random generators, and what dataset and samplers give as theirs"
     states = [o.state_dict() for o in _parts(*_owners(dl))]
-    return dict(gens=[*map(_read, _all_gens(dl))], parts=deepcopy(states))
+    return dict(gens=[*map(_read, _all_gens(dl, *more))], parts=deepcopy(states))
 
-def _set_rng(s, dl):
-    for g,state in zip(_all_gens(dl), s['gens']): _write(g, state)
+def _set_rng(s, dl, *more):
+    for g,state in zip(_all_gens(dl, *more), s['gens']): _write(g, state)
     for o,state in zip(_parts(*_owners(dl)), s['parts']): o.load_state_dict(deepcopy(state))
 
 # %% ../nbs/06_data.ipynb #6fb1ee22
@@ -245,7 +263,8 @@ class DataLoader(tud.DataLoader):
                  dataset, # has `__getitem__` and `__len__`, or is an `IterableDataset`
                  batch_size=1, # samples per batch; `None`: single samples, no batches
                  shuffle:bool=None, # a new random order every epoch?
-                 sampler=None, # gives indices, instead of `shuffle`
+                 sampler=None, # gives indices, instead of `shuffle`; to go on with workers,
+                               # not drawn one by one from a global generator
                  batch_sampler=None, # gives batches of indices, as `Sampler` does
                  num_workers:int=0, # processes that fetch; 0: this one does
                  collate_fn=None, # list of samples -> batch; `None`: `collate`
@@ -293,15 +312,17 @@ def _parallel(self:DataLoader, idxs, seed, first):
     "The batches for `idxs`, fetched by workers; the first is number `first` of its epoch"
     pool,self._pool = self._workers(seed) if self._pool is None else self._pool,None
     pool.epoch,ended = getattr(pool,'epoch',0)+1,set()
-    tasks = enumerate(map(_listed, idxs), first)
-    pool.dataset.todo = ((pool.epoch, seed, k, i) for k,i in tasks)
+    tasks,epoch = enumerate(map(_listed, idxs), first),pool.epoch
+    todo = pool.dataset.todo = ((epoch, seed, k, i) for k,i in tasks)
     it = iter(pool)
     try:
         for b in it:
             if isinstance(b, _End): ended.add(b)
             else: yield b
             if len(ended)==self.num_workers: return
-    finally:
+    finally:                  # no order that another pool may walk in stays with this one
+        pool.dataset.todo = None
+        todo.close()
         keep = self.persistent_workers and all(w.is_alive() for w in it._workers)
         if keep: self._pool = pool
         else: it._shutdown_workers()
@@ -332,19 +353,24 @@ def _replay(self:DataLoader, at, parts):
 def _batches(self:DataLoader, at):
     "The batches of an epoch from where it stands, and notes on the states of samplers"
     resumed,stream = at.pop('now',None),isinstance(self.dataset, IterableDataset)
-    kept = _parts(self.dataset) if resumed else []
-    parts,notes = _parts(*_owners(self)[1:]),deque()
+    ds,*rest = _owners(self)
+    kept = _parts(ds) if resumed else []
+    parts,notes,stay = _parts(*rest),deque(),[]
     if self._own is not None: idxs = self._own.epoch(at['seed'], at['batch'])
     else:
-        now = _get_rng(None)
-        if resumed: _set_rng(at['before'], self)
+        if resumed:       # the replay moves what the order comes from; all others stay
+            moved = [self.dataset, self.collate_fn] if stream else rest
+            moved = _gens(self.generator, *moved, but=() if stream else (self.dataset,ds))
+            stay = [*_all_gens(), *(g for g in _gens(self) if g not in moved)]
+            stay = [(g,_read(g)) for g in stay]
+            _set_rng(at['before'], self)
         todo = itertools.repeat((None,[])) if stream else self._replay(at, parts)
         idxs = (notes.append((i,s)) or i for i,s in todo) if parts else (i for i,_ in todo)
     for o in kept: o.load_state_dict(deepcopy(resumed['parts'][0]))
     first = 0 if stream else at['batch']
     source = self._parallel(idxs, at['seed'], first) if self.num_workers else self._here(idxs)
     if stream and not kept: deque(itertools.islice(source, at['batch']), 0)
-    if at['batch'] and self._own is None: _set_rng(now, None)
+    for g,s in stay: _write(g, s)
     return source,notes
 
 # %% ../nbs/06_data.ipynb #a5efc7a0
@@ -371,7 +397,7 @@ def _about(self:DataLoader):
     names = ('bs','batch_size','shuffle','drop_last',
              'num_samples','replacement','num_replicas','rank','seed')
     stream = isinstance(self.dataset, IterableDataset)
-    about = dict(generators=len(_gens(self, *_owners(self))), parts=len(_parts(*_owners(self))),
+    about = dict(generators=len(_gens(self)), parts=len(_parts(*_owners(self))),
                  workers=self.num_workers if stream else 'any')
     if hasattr(self.dataset,'__len__') and not stream: about['samples'] = len(self.dataset)
     s = self._index_sampler if self._own is None else self._own
@@ -383,21 +409,23 @@ def _about(self:DataLoader):
 
 # %% ../nbs/06_data.ipynb #c1622cb1
 @patch
-def _unknown(self:DataLoader):
-    "Why an epoch that stands here could not go on exactly; None if it could"
-    mid,ds = self._at['batch']>0,self.dataset
-    if self.num_workers and (mid or self.persistent_workers) and (_parts(ds) or _gens(ds)):
+def _unknown(self:DataLoader, mid):
+    "Why an epoch, perhaps in its midst, could not go on exactly from here; None if it could"
+    ds,*rest = _owners(self)
+    theirs = _parts(ds) or _gens(self.dataset, self.collate_fn)
+    if self.num_workers and (mid or self.persistent_workers) and theirs:
         return 'the state of the dataset is in the workers: use num_workers=0'
     if mid and self.num_workers and not getattr(self,'in_order',True):
         return 'nobody knows which batches are still to come: use in_order=True'
     if mid and any(isinstance(o,Iterator) and type(o).__module__ in ('builtins','itertools')
-                   for o in _owners(self)[1:]):
+                   for o in rest):
         return 'the sampler can be walked only once: make it a class with `__iter__`, or a list'
 
 @patch
 def state_dict(self:DataLoader)->dict: # numbers and strings, as many for any size of dataset
     "All that it takes to go on after the last batch handed out, whatever workers have in hand"
-    if why := self._unknown(): raise ValueError(f'no state to go on from: {why}')
+    why = self._unknown(mid=self._at['batch']>0)
+    if why: raise ValueError(f'no state to go on from: {why}')
     return deepcopy(dict(self._at, **self._about(), rng=_get_rng(self)))
 
 @patch

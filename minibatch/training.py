@@ -14,7 +14,7 @@ from copy import copy
 from functools import partial
 from more_itertools import peekable
 from torch import nn, Tensor
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from .metrics import accuracy
 from .data import _get_rng, _set_rng
 from fastcore.basics import patch
@@ -110,7 +110,20 @@ def _score(fs, preds, yb):
         yield v
 
 # %% ../nbs/07_fit.ipynb #f14whole
-def _cat(parts): return tree_map(lambda *ts: torch.cat(ts), *parts)
+def _cat(parts):
+    "Tensors and lists joined; tuples and dicts of them part by part"
+    def join(*ps):
+        return [*itertools.chain(*ps)] if isinstance(ps[0], list) else torch.cat(ps)
+    return tree_map(join, *parts, is_leaf=lambda o: isinstance(o, list))
+
+def _per_row(preds, other):
+    "Refuse lists among the predictions that have not one entry per row, as many as `other`"
+    n = operator.length_hint(other, -1)
+    for l in tree_leaves(preds, is_leaf=lambda o: isinstance(o, list)):
+        if isinstance(l, list) and len(l)!=n: raise ValueError(
+            f'The model gave a list of {len(l)} for {n} rows: expected one entry per row. '
+            'Several outputs belong in a tuple or a dict')
+    return preds
 
 class whole:
     "A metric that is no mean over batches, such as F1: `f` is called once, with the whole set"
@@ -119,6 +132,7 @@ class whole:
                 ): self.f,self.__name__ = f,_name(f)
     def __call__(self, preds, yb): return 0.         # a batch alone says nothing
     def of(self, kept): # pairs (preds, yb)
+        for preds,yb in kept: _per_row(preds, yb)
         return float(*_score([self.f], *map(_cat, zip(*kept))))
 
 # %% ../nbs/07_fit.ipynb #f14eval
@@ -144,7 +158,7 @@ def evaluate(model:nn.Module, # is in `eval` mode meanwhile
 # %% ../nbs/07_fit.ipynb #66194511
 def predict(model:nn.Module, # is in `eval` mode meanwhile
             dl # batches as for `evaluate`, or of inputs alone: `xb` or `(xb,)`
-           ): # shape (n, ...), on the model's device; a tuple or dict if the model gives one
+           ): # shape (n, ...), on the model's device; a list, tuple or dict if the model does
     "Predictions for all of `dl`; the last part of a batch, the target, is left out"
     preds = []
     with _eval_mode(model) as device:
@@ -154,7 +168,8 @@ def predict(model:nn.Module, # is in `eval` mode meanwhile
             xb,yb,_ = _unpack(parts, model, device, count=lambda yb: 1)
             if isinstance(dl, Tensor) or not getattr(yb, 'ndim', 1): raise ValueError(
                 f'Expected batches, as [x], not single examples; got {_what(batch)}')
-            preds.append(_forward(model, xb))
+            x = [*xb.values()][0] if isinstance(xb, dict) else xb[0]
+            preds.append(_per_row(_forward(model, xb), x))
     if not preds: raise ValueError('Nothing to predict: the loader gave no batches')
     return _cat(preds)
 
@@ -184,6 +199,7 @@ class Run:
         self.columns = ['epoch','train_loss',*own,'seconds']            # of the table
         self.device = next(model.parameters(), torch.empty(0)).device
         self.epoch,self.batch = 0,0         # epochs done, and batches of the running one
+        self.known = 0                      # so many parameters are without old gradients
         self.seconds,self.stop = 0.,False   # spent on it before an interruption; end the run?
         self.means,self.figures = _Means(),(math.nan,)*(1+len(self.metrics))
         self.cbs = sorted(_list(cbs), key=lambda cb: getattr(cb, 'order', 0))
@@ -195,10 +211,13 @@ class Run:
     def others(self): # those that are not the model's: a loss may have some
         own = {*self.model.parameters()}
         return [p for p in self.params() if p not in own]
+    def holders(self): # of random generators, perhaps
+        return self.train_dl, self.valid_dl, self.model, self.loss_func
     def walk(self, batches):
         "Inputs, target, weight, and of how many batches: those of weight 0 are left out"
-        walked,self.ended = 0,False
+        walked,self.ended,self.taken = 0,False,self.batch
         for batch in batches:
+            self.taken += 1            # more than `batch`: somebody has looked ahead
             xb,yb,n = _unpack(batch, self.model, self.device, self.count)
             walked += 1
             if n:
@@ -222,13 +241,15 @@ def train_step(run:Run # with the batch in `run.xb` and `run.yb`
     if not getattr(run.loss, 'requires_grad', False) or run.loss.ndim: raise ValueError(
         f'loss_func gave {_what(run.loss)}; expected one number with a gradient, the mean '
         'over the batch. Are all parameters frozen?')
-    loss = run.loss.detach()
+    loss,params = run.loss.detach(),run.params()
+    for p in params[run.known:]: p.grad = None    # what piled up before a group was added
+    run.known = len(params)
     for f in run.before_backward: f(run)
     (run.loss if run.scale==1 else run.loss*run.scale).backward()
     for f in run.after_backward: f(run)
     if run.update:
         run.opt.step()
-        for p in run.params(): p.grad = None      # faster than PyTorch's zero_grad, which logs
+        for p in params: p.grad = None            # faster than PyTorch's zero_grad, which logs
     run.loss = loss
 
 # %% ../nbs/07_fit.ipynb #1cd38cab
@@ -337,14 +358,19 @@ def _rehearse(run):
     dl = run.valid_dl
     stream = isinstance(getattr(dl,'dataset',0), torch.utils.data.IterableDataset)
     if stream or hasattr(dl,'__next__') or operator.length_hint(dl, -1)<0: return
-    rng,bufs = _get_rng(dl),[(m._buffers, k, b, b.clone()) for m in run.model.modules()
-                             for k,b in m._buffers.items() if b is not None]
+    rng = _get_rng(dl, *run.holders())
+    bufs = [(m._buffers, k, b, b.clone()) for m in run.model.modules()
+            for k,b in m._buffers.items() if b is not None]
     metrics = [m for m in run.metrics if not isinstance(m, whole)]
-    count = len if run.count is len else lambda yb: run.count(yb) or 1
-    try: evaluate(run.model, run.loss_func, itertools.islice(copy(dl), 1), metrics, count)
+    fresh = copy(dl)
+    if hasattr(fresh,'_resume'): fresh._resume = None     # not the rest of an epoch
+    def first(): # of those that count
+        for b in fresh:
+            if _unpack(b, run.model, run.device, run.count)[2]: return (yield b)
+    try: evaluate(run.model, run.loss_func, first(), metrics, run.count)
     finally:
         for own,k,b,was in bufs: own[k] = b.copy_(was)
-        _set_rng(rng, dl)
+        _set_rng(rng, dl, *run.holders())
 
 # %% ../nbs/07_fit.ipynb #0fd19bf2
 def _line(row):

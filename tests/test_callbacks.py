@@ -1,6 +1,6 @@
 "The callbacks of lesson 8, against PyTorch's own or a loop by hand"
 import itertools, copy, math, warnings
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.optim import lr_scheduler as L
@@ -311,3 +311,66 @@ def test_best_over_a_resume_and_an_interruption(tmp_path):
     with pytest.raises(KeyboardInterrupt): known([3.,1.,2.,4.,5.], Best(), Keep(), Each(ctrl_c), Checkpoint(tmp_path/'c', every=1))
     assert m[0].bias.item()==1.                         # what was best so far
     assert known([3.,1.,2.,4.,5.], Best(), Checkpoint(tmp_path/'c', every=1))==(1.,(1.,1.))
+
+class Temp(nn.Module):
+    "A loss with a weight and a buffer of its own"
+    def __init__(self): super().__init__(); self.t = nn.Parameter(torch.ones(())); self.register_buffer('n', torch.zeros(()), persistent=False)
+    def forward(self, p, yb):
+        if torch.is_grad_enabled(): self.n += 1
+        return F.cross_entropy(p*self.t, yb)+self.n/1000
+
+class Mean(nn.Module):
+    "Keeps a mean that `state_dict` leaves out, and draws from a generator of its own"
+    def __init__(self): super().__init__(); self.l = nn.Linear(6,3); self.g = np.random.default_rng(0); self.register_buffer('mean', torch.zeros(6), persistent=False)
+    def forward(self, x):
+        if self.training: self.mean.mul_(.9).add_(x.mean(0)+self.g.random(), alpha=.1)
+        return self.l(x-self.mean)
+
+def mends():
+    torch.manual_seed(0)
+    m,loss = Mean(),Temp(); x,y = torch.randn(48,6),torch.randint(3,(48,))
+    opt = torch.optim.SGD([*m.parameters(), *loss.parameters()], .5)
+    return m,loss,opt,DataLoader(Dataset(x[:24],y[:24]), 4, shuffle=True),DataLoader(Dataset(x[24:],y[24:]), 8)
+
+@pytest.mark.parametrize('cb', [lambda: Best(), lambda: EarlyStop(patience=2, restore=True)])
+def test_best_puts_back_all_that_was_trained(cb):
+    m,loss,opt,dl,v = mends()
+    h = History(); got = fit(8, m, loss, opt, dl, v, cbs=[h,cb()], progress=False)
+    losses = [r['valid_loss'] for r in h.rows]
+    assert min(losses)<losses[-1]                            # there was something to put back
+    assert got==pytest.approx(evaluate(m, loss, v), rel=1e-6) and got[0]==pytest.approx(min(losses), rel=1e-6)
+
+def test_finder_puts_back_all_that_was_trained():
+    m,loss,opt,dl,v = mends()
+    fit(1, m, loss, opt, dl, v, cbs=LRFinder(steps=9), progress=False)
+    a,la,*_ = mends()
+    assert all(torch.equal(p, q) for p,q in zip([*m.parameters(), *loss.parameters(), *m.buffers(), *loss.buffers()], [*a.parameters(), *la.parameters(), *a.buffers(), *la.buffers()]))
+    assert m.g.random()==a.g.random()
+
+class Batches(Callback):
+    def before_fit(self, run): self.n = []
+    def before_epoch(self, run): self.n.append(0)
+    def after_batch(self, run): self.n[-1] += 1
+
+def test_finder_after_a_look_at_a_batch():
+    m,loss,opt,dl,v = mends(); c = Batches()
+    next(iter(dl))
+    fit(1, m, loss, opt, dl, cbs=LRFinder(steps=9), progress=False)
+    fit(2, m, loss, opt, dl, cbs=c, progress=False)
+    assert c.n==[6,6]
+    it = iter(dl); next(it); dl.load_state_dict(dl.state_dict())       # what is left of an epoch is still left after it
+    fit(1, m, loss, opt, dl, cbs=LRFinder(steps=9), progress=False)
+    fit(2, m, loss, opt, dl, cbs=c, progress=False)
+    assert c.n==[5,6]
+
+def test_a_refused_fit_leaves_the_weights_alone():
+    m,loss,opt,dl,v = mends(); es = EarlyStop(restore=True)
+    fit(2, m, loss, opt, dl, v, cbs=es, progress=False)
+    fit(2, m, loss, opt, dl, v, progress=False)
+    was = [p.detach().clone() for p in m.parameters()]
+    other = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(m.parameters(), .1), 1)
+    with pytest.raises(RuntimeError, match='another optimizer'): fit(1, m, loss, opt, dl, v, cbs=[Schedule(other, 'epoch'), es], progress=False)
+    assert all(torch.equal(p, q) for p,q in zip(was, m.parameters()))
+
+def test_patience_is_at_least_1():
+    with pytest.raises(ValueError, match='patience is 0'): EarlyStop(patience=0)

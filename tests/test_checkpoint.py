@@ -512,3 +512,134 @@ def test_cuda(tmp_path):
     with pytest.raises(KeyboardInterrupt): fit(3, *args, [data()], cbs=[AMP(), Checkpoint(tmp_path/'c', 2), At(14, ctrl_c)], **quiet)
     args = make(7); fit(3, *args, [data()], cbs=[AMP(), Checkpoint(tmp_path/'c', 2)], **quiet)
     assert same(weights(whole[0]), weights(args[0])) and args[0][0].weight.is_cuda
+
+# Where the loader is, and what else there is to keep
+
+import itertools
+
+def goes_on(tmp_path, make, at, epochs=3, **kw):
+    "A run stopped after batch `at` in all and started again ends with the weights and figures of one that was not; the batch it went on from"
+    def go(*cbs):
+        torch.manual_seed(1); np.random.seed(1)
+        args = make(); given = args.pop('cbs', [])
+        f = fit(epochs, args['model'], F.cross_entropy, args['opt'], args['dl'], args.get('valid_dl'), cbs=[*given, *cbs], **kw, **quiet)
+        return [p.detach().clone() for p in args['model'].parameters()],f
+    class Where(Callback):
+        order = 150
+        def before_epoch(self, run): self.at = getattr(self, 'at', (run.epoch,run.batch))
+    late = At(at, ctrl_c); late.order = 150
+    want,f = go()
+    with pytest.raises(KeyboardInterrupt): go(Checkpoint(tmp_path/'c', 1), late)
+    w = Where(); got,g = go(Checkpoint(tmp_path/'c', 1), w)
+    assert all(torch.equal(p, q) for p,q in zip(want, got)) and f==g
+    return w.at
+
+class Peek(Callback):
+    def __init__(self, every=1): self.every = every
+    def after_batch(self, run):
+        if run.batch%self.every==0: bool(run.batches)
+class Look(Callback):
+    def after_batch(self, run):
+        if run.batch%2==0: evaluate(run.model, run.loss_func, run.train_dl)
+class Double(Callback):
+    def before_epoch(self, run): run.batches = itertools.chain(run.batches, run.batches)
+
+class Noisy(Dataset):
+    "Rows with noise from numpy's global generator"
+    def __getitem__(self, i): x,y = super().__getitem__(i); return x+np.random.randn(),y
+
+@pytest.mark.parametrize('Dl', [DataLoader, TheirDl])
+@pytest.mark.parametrize('cb,at,on', [(Peek, 2, (0,0)), (Peek, 8, (1,0)), (lambda: Peek(3), 3, (0,2)), (lambda: Peek(3), 4, (0,4)), (Look, 2, None)])
+def test_callbacks_that_move_the_loader(tmp_path, Dl, cb, at, on):
+    def make(): m = nn.Linear(6,3); return dict(model=m, opt=SGD(m.parameters(), .1), dl=Dl(Noisy(*data(24)), 4, shuffle=True), cbs=[cb()])
+    where = goes_on(tmp_path, make, at)
+    assert on is None or where==on
+
+@pytest.mark.parametrize('at', [4,5])
+@pytest.mark.parametrize('Dl', [DataLoader, TheirDl])
+def test_shorter_epochs(tmp_path, Dl, at):
+    "Of what is left with our loader, of all with one that has to begin anew"
+    class Short(Callback):
+        def before_epoch(self, run): run.batches = itertools.islice(run.batches, 4-run.batch*(whole is Dl))
+    def make(): m = nn.Linear(6,3); return dict(model=m, opt=SGD(m.parameters(), .1), dl=Dl(Noisy(*data(24)), 4, shuffle=True), cbs=[Short()])
+    whole = DataLoader; goes_on(tmp_path, make, at)
+
+def test_an_epoch_that_ends_before_the_replay(tmp_path):
+    with pytest.raises(ValueError, match='ends before batch 3.*count from its beginning'): list(C._replay([1,2], 3, [], C._get_rng([]), C._get_rng([])))
+
+def test_two_passes_are_an_epoch(tmp_path):
+    def make(): m = nn.Linear(6,3); return dict(model=m, opt=SGD(m.parameters(), .1), dl=DataLoader(Dataset(*data(24)), 4, shuffle=True), cbs=[Double()])
+    assert goes_on(tmp_path, make, 8)==(0,6)
+
+def test_training_and_validation_with_one_loader(tmp_path):
+    for i,at in enumerate((5,6,7)):
+        def make(): m = nn.Linear(6,3); dl = DataLoader(Dataset(*data(24)), 4, shuffle=True); return dict(model=m, opt=SGD(m.parameters(), .1), dl=dl, valid_dl=dl)
+        (tmp_path/f'{i}').mkdir(); goes_on(tmp_path/f'{i}', make, at)
+
+class Thaw(Callback):
+    def before_epoch(self, run):
+        if run.epoch==1: run.model[0].requires_grad_(True); run.model[1].train()
+class Own(nn.Module):
+    "Keeps a mean that `state_dict` leaves out, and draws from a generator of its own"
+    def __init__(self): super().__init__(); self.l = nn.Linear(6,3); self.g = np.random.default_rng(0); self.register_buffer('mean', torch.zeros(6), persistent=False)
+    def forward(self, x):
+        if self.training: self.mean.mul_(.9).add_(x.mean(0)+self.g.random(), alpha=.1)
+        return self.l(x-self.mean)
+class OwnNoise(Dataset):
+    def __init__(self): super().__init__(*data(24)); self.g = np.random.default_rng(0)
+    def __getitem__(self, i): return self.x[i]+float(self.g.normal()),self.y[i]
+
+@pytest.mark.parametrize('what', ['frozen','model','valid'])
+@pytest.mark.parametrize('at', [2, 8, 14])
+def test_what_is_not_in_state_dicts(tmp_path, what, at):
+    def make():
+        m = Own() if what=='model' else nn.Sequential(nn.Linear(6,8), nn.BatchNorm1d(8), nn.Linear(8,3))
+        if what=='frozen': m[:2].requires_grad_(False); m[1].eval()
+        valid_dl = DataLoader(OwnNoise(), 4) if what=='valid' else None
+        return dict(model=m, opt=SGD(m.parameters(), .1), dl=DataLoader(Dataset(*data(24)), 4, shuffle=True), valid_dl=valid_dl,
+                    cbs=[Thaw()]*(what=='frozen'))
+    goes_on(tmp_path, make, at)
+
+def test_another_number_of_frozen_parameters_or_steps(tmp_path):
+    def go(frozen, steps):
+        args = setup(); args[0][0].requires_grad_(not frozen)
+        fit(1, *args, cbs=[Schedule(L.OneCycleLR(args[2], .1, total_steps=steps)), Checkpoint(tmp_path/'c')], **quiet)
+    go(True, 20)
+    with pytest.raises(RuntimeError, match='frozen is 2, here 0'): go(False, 20)
+    with pytest.raises(RuntimeError, match=r'steps is \[\[20\]\], here \[\[30\]\]'): go(True, 30)
+
+def test_learning_rates_of_program_and_file(tmp_path, capsys):
+    "Whatever a callback or a plateau has done to the rate, an unchanged program hears nothing of it"
+    class Decay(Callback):
+        def after_epoch(self, run): run.opt.param_groups[0]['lr'] *= .5
+    def go(lr, plateau, *cbs):
+        args = setup(); args[2].param_groups[0]['lr'] = lr
+        own = Schedule(L.ReduceLROnPlateau(args[2], patience=0, threshold=9), 'epoch') if plateau else Decay()
+        fit(4, *args, cbs=[own, Checkpoint(tmp_path/f'{plateau}', 1), *cbs], **quiet)
+    for plateau in (False,True):
+        for at in (21,8):
+            with pytest.raises(KeyboardInterrupt): go(.1, plateau, At(at, ctrl_c))
+        out = capsys.readouterr().out
+        assert 'going on after 2 epochs' in out and 'learning rate' not in out
+        go(.3, plateau)
+        assert 'the learning rate stays [0.1], as the run began with; [0.3] is for' in capsys.readouterr().out
+
+def test_schedules_within_schedules_at_their_end(tmp_path):
+    def warm(o): return L.SequentialLR(o, [L.LinearLR(o, .1, total_iters=4), L.CosineAnnealingLR(o, 14)], [4])
+    def chain(o): return L.ChainedScheduler([L.ConstantLR(o), L.StepLR(o, 9)])
+    def go(epochs, sched): args = setup(); fit(epochs, *args, cbs=[Schedule(sched(args[2])), Checkpoint(tmp_path/sched.__name__)], **quiet); return weights(args[0])
+    go(2, warm)
+    with pytest.raises(RuntimeError, match='of 14 steps at its end'): go(3, warm)
+    go(2, chain)
+    longer = go(3, chain)
+    (tmp_path/'chain').unlink()
+    assert same(longer, go(3, chain))
+
+def test_goes_on_from_an_epochs_last_batch_without_a_warning(tmp_path, recwarn):
+    def make(): m = nn.Linear(6,3); opt = SGD(m.parameters(), .1); return dict(model=m, opt=opt, dl=DataLoader(Dataset(*data(24)), 4), cbs=[Schedule(L.StepLR(opt, 1), 'epoch')])
+    assert goes_on(tmp_path, make, 6)==(0,6)
+    assert not [w for w in recwarn if 'lr_scheduler' in str(w.message)]
+
+def test_generators_in_workers_are_refused_before_the_first_batch(tmp_path):
+    m = nn.Linear(6,3); dl = DataLoader(OwnNoise(), 4, num_workers=1)
+    with pytest.raises(RuntimeError, match='after 0 epochs and 0 batches.*could not go on.*num_workers=0'): fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), dl, cbs=Checkpoint(tmp_path/'c', 1), **quiet)

@@ -229,3 +229,63 @@ def test_cuda():
         fit(3, m, cross_entropy, o, DataLoader(data(), 16), progress=False, step=step)
         return m
     same(run(train_step), run(compiled_step()), tol=1e-4)
+
+class Once(Callback):
+    "Calls f(run) after batch `n`, and only then"
+    def __init__(self, f, n=2): self.f,self.n = f,n
+    def after_batch(self, run):
+        if (run.epoch,run.batch)==(0,self.n): self.f(run)
+
+def replaced(run): run.model[2].weight = nn.Parameter(run.model[2].weight.detach()*0.5)
+CHANGES = dict(freeze=lambda run: run.model[0].requires_grad_(False), thaw=lambda run: run.model[2].requires_grad_(True),
+               loss=lambda run: setattr(run, 'loss_func', lambda p,y: cross_entropy(p, y)*0.5), memory=lambda run: setattr(run.model[0].weight, 'data', run.model[0].weight.data*0.5),
+               group=lambda run: run.opt.add_param_group(dict(params=[*run.model[0].parameters()], lr=0.05)))
+
+@quiet
+@pytest.mark.parametrize('change', CHANGES)
+def test_what_changes_between_batches_is_noticed(change):
+    def run(step):
+        torch.manual_seed(1)
+        m = net()
+        if change=='thaw': m[2].requires_grad_(False)
+        ps = m[2].parameters() if change=='group' else m.parameters()
+        f = fit(2, m, cross_entropy, SGD(ps, lr=0.1, momentum=0.9), DataLoader(data(), 10), cbs=Once(CHANGES[change]), progress=False, step=step)
+        return m,f
+    (a,fa),(b,fb) = run(train_step),run(compiled_step(backend='eager'))
+    same(a, b)
+    assert fa==pytest.approx(fb, abs=1e-5)
+
+class Clamp(Callback):
+    def after_batch(self, run):
+        for p in run.model.parameters(): p.data = p.data.clamp(-.3,.3)
+
+def test_weights_elsewhere_after_every_batch():
+    eager('change them by copy_', cbs=[Clamp()], epochs=4)
+
+def test_a_parameter_replaced_between_batches():
+    eager('trains more than the parameters', cbs=[Once(replaced)])       # the optimizer still holds the old one
+
+class Centred(nn.Module):
+    "Puts new tensors in the place of its buffers"
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(6,3)
+        self.register_buffer('mean', torch.zeros(6)); self.register_buffer('n', torch.tensor(0))
+    def forward(self, x):
+        if self.training: self.mean,self.n = .9*self.mean+.1*x.mean(0),self.n+1
+        return self.l(x-self.mean)
+class Counted(nn.Module):
+    "Counts its calls in an attribute, and computes with it"
+    def __init__(self): super().__init__(); self.l,self.n = nn.Linear(6,3),torch.zeros(())
+    def forward(self, x):
+        if self.training: self.n = self.n+1
+        return self.l(x)*(1+0.1*self.n)
+
+def test_forward_that_changes_more_than_weights():
+    eager('in place of buffers', make=Centred)
+    for make in (Centred,Counted):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            a,b = (train(s, make, epochs=3)[0] for s in (train_step,compiled_step(backend='eager')))
+        assert a.n==b.n==12
+        same(a, b)

@@ -602,3 +602,80 @@ def test_what_cannot_go_on_exactly_is_refused_when_the_state_is_taken():
         dl = DataLoader(list(range(12)), 3, sampler=once)
         it = iter(dl); next(it)
         with pytest.raises(ValueError, match='only once'): dl.state_dict()
+
+# whose generators there are
+
+class Jitter:
+    "Adds noise from a generator of its own"
+    def __init__(self): self.g = np.random.default_rng(0)
+    def __call__(self, b): return b+self.g.random()
+    def list(self, samples): return torch.stack([torch.as_tensor(s+self.g.random()) for s in samples])
+
+class Through(Items):
+    "Items that pass through a transform, which is an attribute of an attribute"
+    def __init__(self): super().__init__(12, None); self.parts = dict(steps=[Jitter()])
+    def __getitem__(self, i): return self.parts['steps'][0](i)
+
+class NoisyStream(Stream):
+    def __init__(self): super().__init__(12); self.jitter = Jitter()
+    def __iter__(self): return map(self.jitter, range(12))
+
+def subset(): return tud.random_split(Through(), [8,4], gen(0))[0]
+homes = dict(dataset=lambda **kw: DataLoader(Through(), 2, **kw), subset=lambda **kw: DataLoader(subset(), 2, **kw),
+             concat=lambda **kw: DataLoader(tud.ConcatDataset([Through(),Through()]), 2, **kw), transform=lambda **kw: DataLoader(list(range(12)), 2, transform=Jitter(), **kw),
+             method=lambda **kw: DataLoader(list(range(12)), 2, collate_fn=Jitter().list, **kw))
+orders = dict(ours=lambda n: dict(shuffle=True), weighted=lambda n: dict(sampler=tud.WeightedRandomSampler(torch.ones(n), n)),
+              own=lambda n: dict(sampler=tud.RandomSampler(range(n), replacement=True, num_samples=n, generator=gen(3))), numpy=lambda n: dict(sampler=Drawing(np.random.default_rng(2))))
+streams = dict(stream=lambda: DataLoader(NoisyStream(), 2), around=lambda: DataLoader(Stream(12), 2, transform=Jitter()), both=lambda: DataLoader(NoisyStream(), 2, transform=Jitter()))
+every_home = {f'{h}-{o}': (lambda h=h, o=o: homes[h](**orders[o](8 if h=='subset' else 12))) for h in homes for o in orders if (h,o)!=('subset','numpy')}
+
+@pytest.mark.parametrize('new', [*every_home.values(), *streams.values()], ids=[*every_home, *streams])
+@pytest.mark.parametrize('k', [0,2])
+def test_generators_wherever_they_are(new, k):
+    "Of the dataset, within another or within a transform, beside any order: items and order go on as if there had been no stop"
+    torch.manual_seed(0)
+    dl = new(); list(dl)
+    it = iter(dl)
+    for _ in range(k): next(it)
+    state = json.loads(json.dumps(dl.state_dict()))
+    want = as_lists(it),as_lists(dl)
+    torch.manual_seed(9)
+    other = new(); list(other); list(other)
+    other.load_state_dict(state)
+    assert (as_lists(other),as_lists(other))==want
+
+def test_state_of_a_dataset_inside_a_subset():
+    def new(): return DataLoader(tud.Subset(Wearing(12, None), range(8)), 2)
+    dl = new(); it = iter(dl); next(it)
+    other = new(); other.load_state_dict(dl.state_dict())
+    assert as_lists(other)==as_lists(it)
+
+@linux
+def test_generators_that_workers_move():
+    for ds in (Through(), subset()):
+        dl = DataLoader(ds, 2, num_workers=1); it = iter(dl); next(it)
+        with pytest.raises(ValueError, match='num_workers=0'): dl.state_dict()
+    def new(): return DataLoader(list(range(12)), 2, num_workers=1, transform=Jitter())       # drawn from in this process
+    dl = new(); it = iter(dl); next(it)
+    other = new(); other.load_state_dict(dl.state_dict())
+    assert as_lists(other)==as_lists(it)
+
+def test_long_lists_are_not_searched():
+    ds = Items(12, None); ds.rows = [Jitter() for _ in range(100_000)]
+    start = time.process_time()
+    assert DataLoader(ds, 2).state_dict()['generators']==0 and time.process_time()-start<1
+
+@linux
+def test_persistent_workers_leave_no_generator_running():
+    "One that is still there when the process forks anew would be run twice, and fail with a traceback on stderr"
+    dls = [DataLoader(list(range(24)), 4, num_workers=2, persistent_workers=True) for _ in range(2)]
+    for dl in dls*2:
+        for stop in (2,99):
+            for i,_ in enumerate(dl):
+                if i==stop: break
+            assert dl._pool.dataset.todo is None
+
+@pytest.mark.parametrize('dtype', [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_tensors_shuffled(dtype):
+    x = torch.arange(12).to(dtype)
+    assert sorted(torch.cat([xb.long() for xb in DataLoader(x, 5, shuffle=True)]).tolist())==list(range(12))

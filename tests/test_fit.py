@@ -95,7 +95,7 @@ def test_predict_is_one_forward_pass():
 
 def test_predict_trees():
     class Two(nn.Module):
-        def forward(self, a, b): return dict(sum=a+b, parts=(a, [b[:,:2]]))
+        def forward(self, a, b): return dict(sum=a+b, parts=(a, (b[:,:2],)))
     a,b,y = torch.randn(7,3),torch.randn(7,3),torch.zeros(7)
     got = predict(Two(), zip(a.split(4), b.split(4), y.split(4)))
     assert torch.equal(got['sum'], a+b) and torch.equal(got['parts'][0], a) and torch.equal(got['parts'][1][0], b[:,:2])
@@ -572,3 +572,60 @@ class Stop(Callback):
     table,line,error = nb.cells[0].outputs
     assert re.fullmatch(r'epoch .*seconds *\n +1 .*', table.data['text/plain']) and line.text=='Interrupted in epoch 2 after batch 3\n'
     assert error.ename=='KeyboardInterrupt' and len(error.traceback)<=5 and len('\n'.join(error.traceback).split('\n'))<40
+
+def test_a_group_added_during_a_run():
+    "Its parameters begin with the gradient of their first batch, as in a loop with zero_grad"
+    x,y = data(24); dl = list(zip(x.split(8), y.split(8)))
+    def make(): torch.manual_seed(0); m = nn.Sequential(nn.Linear(6,8), nn.ReLU(), nn.Linear(8,3)); return m,torch.optim.SGD(m[2].parameters(), .1)
+    def add(m, opt): opt.add_param_group(dict(params=[*m[0].parameters()]))
+    for at in ((1,0), (0,2)):
+        a,opt = make()
+        for e in range(2):
+            for i,(xb,yb) in enumerate(dl):
+                if (e,i)==at: add(a, opt)
+                opt.zero_grad(); F.cross_entropy(a(xb), yb).backward(); opt.step()
+        class Add(Callback):
+            def before_batch(self, run):
+                if (run.epoch,run.batch)==at: add(run.model, run.opt)
+        b,opt = make(); fit(2, b, F.cross_entropy, opt, dl, cbs=Add(), **quiet)
+        assert all(torch.allclose(p, q, atol=1e-6) for p,q in zip(a.parameters(), b.parameters()))
+
+def test_rehearsal_takes_the_first_batch_that_counts_and_a_whole_epoch():
+    def rate(p, y): k = y!=-100; return (p[k].argmax(1)==y[k]).sum().item()/int(k.sum())
+    x,y = data(24); y[:4] = -100; dl = list(zip(x.split(4), y.split(4)))
+    def count(yb): return (yb!=-100).sum()
+    m = nn.Linear(6,3)
+    got = fit(1, m, F.cross_entropy, SGD(m.parameters(), .1), dl, dl, rate, count=count, **quiet)
+    assert got==pytest.approx((F.cross_entropy(m(x), y).item(), rate(m(x), y)), abs=1e-5)
+    train_dl = DataLoader(Dataset(*data(24)), 4)
+    it = iter(train_dl)
+    for _ in range(6): next(it)
+    train_dl.load_state_dict(train_dl.state_dict())               # nothing is left of this epoch, but validation begins another
+    T._rehearse(T.Run(1, m, F.cross_entropy, SGD(m.parameters(), .1), train_dl, train_dl))
+    assert len(list(train_dl))==0 and len(list(train_dl))==6
+
+def test_rehearsal_puts_back_the_models_own_generator():
+    class Own(nn.Linear):
+        def __init__(self): super().__init__(6,3); self.g = np.random.default_rng(0)
+        def forward(self, x): return super().forward(x)*self.g.random()
+    m = Own(); T._rehearse(T.Run(1, m, F.cross_entropy, SGD(m.parameters(), .1), [data(8)], [data(8)]))
+    assert m.g.random()==np.random.default_rng(0).random()
+
+def test_lists_are_joined_row_by_row():
+    x,seen = torch.randn(24,6),[]
+    def see(preds, yb): seen.append((len(preds), [len(t) for t in yb])); return 0.
+    boxes = [torch.zeros(1+j%3,4) for j in range(24)]
+    for bs in (8,7):
+        dl = [(x[i:i+bs], boxes[i:i+bs]) for i in range(0,24,bs)]
+        evaluate(nn.Linear(6,3), lambda p,yb: p.mean(), dl, whole(see))
+        evaluate(nn.Linear(6,3), lambda p,yb: p.mean(), [(xb, [dict(b=b) for b in bb]) for xb,bb in dl], whole(see))
+        assert seen==[(24,[1,2,3]*8), (24,[1]*24)]
+        del seen[:]
+    class Rows(nn.Module):
+        def forward(self, x): return dict(rows=[r for r in x], sums=x.sum(1))
+    got = predict(Rows(), x.split(5))
+    assert torch.equal(torch.stack(got['rows']), x) and torch.equal(got['sums'], x.sum(1))
+    class Heads(nn.Module):
+        def forward(self, x): return [x,x]
+    with pytest.raises(ValueError, match='list of 2 for 5 rows.*tuple or a dict'): predict(Heads(), x.split(5))
+    with pytest.raises(ValueError, match='list of 2 for 8 rows'): evaluate(Heads(), lambda p,yb: p[0].mean(), [(x[:8],torch.zeros(8))], whole(see))
