@@ -1,0 +1,34 @@
+"How Sphinx builds the website: `make site`"
+import sys
+from configparser import ConfigParser
+from pathlib import Path
+
+here = Path(__file__).parent
+sys.path[:0] = [str(here), str(here.parent)]           # the package and pages.py beside this file
+import pages
+
+settings = ConfigParser(delimiters=['='])
+settings.read(here.parent/'settings.ini', encoding='utf-8')
+settings = settings['DEFAULT']
+pages.write(here.parent/'nbs', here)                    # docs/lessons, docs/reference, docs/_extra
+
+project,author,copyright = 'minibatch',settings['author'],settings['copyright']
+version = release = settings['version']
+extensions = ['myst_nb', 'pages']
+exclude_patterns = ['_extra', '_static']
+
+nb_execution_mode = 'off'                               # pages show the outputs that the notebooks store
+myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
+myst_heading_anchors = 3
+python_maximum_signature_line_length = 70
+
+html_theme = 'furo'
+html_title = 'minibatch'
+html_static_path = ['_static']
+html_extra_path = ['_extra']
+html_css_files = ['site.css']
+html_js_files = ['site.js']
+html_math_renderer = 'mathml'
+html_copy_source = False
+html_show_sphinx = False
+html_theme_options = {'top_of_page_buttons': []}

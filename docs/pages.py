@@ -1,0 +1,251 @@
+"""Make pages from the notebooks and the package, each kind by one rule.
+
+- `lessons/`: the notebooks with their stored outputs; marks become labels, imports and solutions fold
+- `reference/`: every public name, from its docstring and the comments beside its parameters
+- `_extra/`: each lesson as notebook and as MyST text, to take away
+"""
+import ast, html, inspect, re, textwrap
+from importlib import import_module
+from pathlib import Path
+import jupytext, nbformat
+from docutils import nodes
+from fastcore.docments import docments, empty
+from latex2mathml.converter import convert
+from mdit_py_plugins.anchors.index import slugify
+from nbformat.v4 import new_markdown_cell
+from sphinx.addnodes import pending_xref
+from sphinx.transforms import SphinxTransform
+
+def put(path, text):
+    "Write `text` unless it is there already, so that a second build only does what is new"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text(encoding='utf-8')!=text: path.write_text(text, encoding='utf-8')
+    return path
+
+def lessons(nbs):
+    "The notebooks in reading order: 00, 01, ..., a0, a1, ..."
+    return sorted(p for p in Path(nbs).glob('*.ipynb') if re.match(r'[0-9a]\d_', p.name))
+
+def number(stem):
+    "How a lesson is called: `03_loop` is 3, `a0_files` is A0"
+    n = stem.split('_')[0]
+    return n.upper() if n[0]=='a' else str(int(n))
+
+def source(cell): return re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n')
+def marked(cell, mark): return re.search(rf'^#\| *{mark}\b *(\S*)', cell.source, re.M)
+def read(path): return nbformat.read(path, as_version=4)
+
+def module_of(nb):
+    "The module that a lesson makes"
+    return next((m[1] for c in nb.cells if (m := marked(c, 'default_exp'))), None)
+
+def only_imports(code):
+    "Is there nothing in `code` to read but imports and settings?"
+    if re.search(r'^\s*[%!]', code, re.M): return False
+    setting = lambda o: isinstance(o, ast.Expr) and re.match(r'plt\.rcParams|warnings\.', ast.unparse(o))
+    return all(isinstance(o, (ast.Import,ast.ImportFrom)) or setting(o) for o in ast.parse(code).body)
+
+# Lessons ------------------------------------------------------------------------------------------------------
+
+def fold(cell, summary):
+    cell.metadata['tags'] = [*cell.metadata.get('tags', []), 'hide-input']
+    cell.metadata['mystnb'] = {'code_prompt_show': summary, 'code_prompt_hide': summary}
+
+def tidy(nb):
+    "Marks for nbdev become tags (which the style sheet shows as labels); imports fold"
+    for c in nb.cells:
+        if c.cell_type!='code': continue
+        export,hide,exp = marked(c, 'export'),marked(c, 'hide'),marked(c, 'default_exp')
+        c.source = source(c)
+        if exp: c.metadata['tags'] = ['remove-cell']
+        elif export: c.metadata['tags'] = ['export']
+        if c.source and only_imports(c.source): fold(c, 'Imports')
+        elif hide: fold(c, 'Preparation')
+    nb.metadata['language_info'] = {'name': 'python', 'pygments_lexer': 'python'}
+
+def lesson_page(path):
+    "The notebook with its number in the title and a line that says what it makes and where else it is"
+    nb = read(path)
+    mod,stem = module_of(nb),path.stem
+    tidy(nb)
+    about = [f'makes [`minibatch.{mod}`](../reference/{mod}.md)'] if mod else []
+    about += [f'<a href="../notebooks/{stem}.ipynb" download>notebook</a>', f'<a href="../text/{stem}.md">MyST text</a>']
+    top = f'# {number(stem)} · \\1\n\n:::{{container}} about\n{" · ".join(about)}\n:::\n'
+    nb.cells[0].source = re.sub(r'^# (.*)\n?', top, nb.cells[0].source, count=1)
+    return nb
+
+def solution_page(path, title):
+    "The solutions, each folded under its heading"
+    nb = read(path)
+    tidy(nb)
+    nb.cells[0].source = re.sub(r'^# .*', f'# Solutions {number(path.stem)} · {title}', nb.cells[0].source, count=1)
+    cells,is_open = [],False
+    for c in nb.cells:
+        m = c.cell_type=='markdown' and re.match(r'(## .*)\n*([\s\S]*)', c.source)
+        if not m:
+            cells.append(c)
+            continue
+        start = ('</details>\n\n' if is_open else '')+m[1]+'\n\n<details class="solution"><summary>Solution</summary>\n\n'+m[2]
+        cells.append(new_markdown_cell(start, id=c.id))
+        is_open = True
+    nb.cells = cells+[new_markdown_cell('</details>', id='end')]*is_open
+    return nb
+
+def as_text(path):
+    "The lesson as MyST text, which must come back as the same cells"
+    nb = read(path)
+    nb.metadata['kernelspec'] = {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}
+    text = jupytext.writes(nb, 'md:myst')
+    cells = lambda nb: [(c.cell_type, c.source) for c in nb.cells]
+    if cells(jupytext.reads(text, 'md:myst'))!=cells(nb): raise ValueError(f'{path.name} does not come back from its MyST text')
+    return text
+
+# Reference ----------------------------------------------------------------------------------------------------
+
+def places(nbs):
+    "Where each exported name is defined: name -> (link to the section, its heading)"
+    res = {}
+    for path in lessons(nbs):
+        nb,head = read(path),''
+        mod = module_of(nb)
+        for c in nb.cells:
+            if c.cell_type=='markdown':
+                text = re.sub(r'^```[\s\S]*?^```', '', c.source, flags=re.M)
+                head = ([head]+re.findall(r'^##+ (.*)', text, re.M))[-1]
+            elif marked(c, 'export'):
+                for o in ast.parse(source(c)).body:
+                    if isinstance(o, (ast.FunctionDef,ast.ClassDef)):
+                        res.setdefault(f'{mod}.{o.name}', (f'../lessons/{path.name}#{slugify(head)}', path.stem, head))
+    return res
+
+def code(s): return '`` '+s.replace('|', '\\|')+' ``' if '`' in s else '`'+s.replace('|', '\\|')+'`'
+def prose(s):
+    "A comment as Markdown: what is in backticks stays, what would be markup elsewhere is escaped"
+    parts = re.split(r'(`[^`]*`)', ' '.join(s.split()))
+    return ''.join(p.replace('|', '\\|') if p.startswith('`') else re.sub(r'([<*$|\[\]])', r'\\\1', p) for p in parts)
+
+def tree(o):
+    "The syntax tree of a function or class"
+    return ast.parse(textwrap.dedent(inspect.getsource(o))).body[0]
+
+def signature(f):
+    node = tree(f)
+    args = node.args
+    args.posonlyargs,args.args = [[a for a in l if a.arg not in ('self','cls')] for l in (args.posonlyargs,args.args)]
+    return f'({ast.unparse(args)})'+(f' -> {ast.unparse(node.returns)}' if node.returns else '')
+
+def raised(f, seen):
+    "What `f` and the private helpers that it calls raise: [(exception, message)]"
+    if f in seen: return
+    seen.add(f)
+    for o in ast.walk(tree(f)):
+        if isinstance(o, ast.Raise) and isinstance(o.exc, ast.Call) and o.exc.args: yield ast.unparse(o.exc.func),message(o.exc.args[0])
+        elif isinstance(o, ast.Call) and isinstance(o.func, ast.Name) and o.func.id.startswith('_'):
+            g = f.__globals__.get(o.func.id)
+            if inspect.isfunction(g) and g.__module__.startswith('minibatch'): yield from raised(g, seen)
+
+def message(o):
+    "The text of an error, with what it names in braces"
+    if isinstance(o, ast.JoinedStr): return ''.join(message(v) for v in o.values)
+    if isinstance(o, ast.FormattedValue): return '{'+ast.unparse(o.value)+'}'
+    return o.value if isinstance(o, ast.Constant) and isinstance(o.value, str) else '{'+ast.unparse(o)+'}'
+
+def describe(f):
+    "Tables of what a function takes, returns and raises"
+    docs = docments(f, full=True)
+    ret,rows,node = docs.pop('return', None),[],tree(f)
+    defaults = dict(zip([a.arg for a in node.args.args][::-1], node.args.defaults[::-1]))
+    defaults |= {a.arg:d for a,d in zip(node.args.kwonlyargs, node.args.kw_defaults) if d}
+    notes = {a.arg:a.annotation for a in ast.walk(node.args) if isinstance(a, ast.arg)}
+    for name,d in docs.items():
+        if name in ('self','cls'): continue
+        kind = code(ast.unparse(notes[name])) if notes.get(name) else ''
+        default = code(ast.unparse(defaults[name])) if name in defaults else ''
+        rows.append(f'| {code(name)} | {kind} | {default} | {prose(d.docment or "")} |')
+    res = []
+    if rows: res += ['| parameter | type | default | meaning |', '| --- | --- | --- | --- |', *rows, '']
+    if ret and ret.docment: res += [f'**Returns** {prose(ret.docment)}', '']
+    errors = dict.fromkeys(raised(f, set()))
+    if errors: res += ['**Raises**', '', *(f'- {code(e)}: {prose(m)}' for e,m in errors), '']
+    return res
+
+def entry(kind, name, sig, doc, body, mod):
+    return [f'::::{{py:{kind}}} {name}{sig}', f':module: minibatch.{mod}', '', prose(doc or ''), '', *body, '::::', '']
+
+def members(cls):
+    "The public methods and properties that a class defines itself"
+    for name,o in vars(cls).items():
+        f = o.fget if isinstance(o, property) else getattr(o, '__func__', o)
+        if not name.startswith('_') and inspect.isfunction(f) and f.__doc__: yield name,o,f
+
+def document(name, o, mod, where):
+    link,stem,head = where[f'{mod}.{name}']
+    origin = [f'From [{"appendix" if stem[0]=="a" else "lesson"} {number(stem)}: {head}]({link}).', '']
+    if not isinstance(o, type): return entry('function', name, signature(o), o.__doc__, describe(o)+origin, mod)
+    init = vars(o).get('__init__')
+    res = entry('class', name, signature(init) if init else '', o.__doc__, (describe(init) if init else [])+origin, mod)
+    for m,p,f in members(o):
+        is_prop = isinstance(p, property)
+        res += entry('property' if is_prop else 'method', f'{name}.{m}', '' if is_prop else signature(f), f.__doc__, [] if is_prop else describe(f), mod)
+    return res
+
+def reference(nbs, to):
+    "A page for each module, and one with all names"
+    where,table = places(nbs),[]
+    for path in lessons(nbs):
+        mod = module_of(read(path))
+        if not mod: continue
+        m = import_module(f'minibatch.{mod}')
+        page = [f'# {mod}', '', prose(m.__doc__ or ''), '']
+        for name in m.__all__:
+            o = getattr(m, name)
+            if f'{mod}.{name}' not in where: continue
+            page += document(name, o, mod, where)
+            table.append(f'| [`{name}`](#minibatch.{mod}.{name}) | {prose((o.__doc__ or "").split(chr(10))[0])} | [{number(path.stem)}]({where[f"{mod}.{name}"][0]}) |')
+        put(to/f'{mod}.md', '\n'.join(page))
+    mods = [m for p in lessons(nbs) if (m := module_of(read(p)))]
+    put(to/'index.md', '\n'.join(['# Reference', '', 'Every public name, from its docstring and the comments beside its parameters. '
+        '`from minibatch.all import *` brings them all.', '', '| name | what it does | lesson |', '| --- | --- | --- |', *table, '',
+        '```{toctree}', ':hidden:', '', *mods, '```', '']))
+
+def write(nbs, docs):
+    "All pages that are made"
+    for path in lessons(nbs):
+        put(docs/'lessons'/path.name, nbformat.writes(lesson_page(path)))
+        put(docs/'_extra'/'notebooks'/path.name, path.read_text(encoding='utf-8'))
+        put(docs/'_extra'/'text'/f'{path.stem}.md', as_text(path))
+        title = re.match('# (.*)', read(path).cells[0].source)[1]
+        solutions = Path(nbs)/'solutions'/path.name
+        if solutions.exists(): put(docs/'lessons'/'solutions'/path.name, nbformat.writes(solution_page(solutions, title)))
+    reference(nbs, docs/'reference')
+
+# What Sphinx calls --------------------------------------------------------------------------------------------
+
+class Links(SphinxTransform):
+    "Make `lesson 6` and `nbs/solutions/06_data.ipynb`, where a text names them, links"
+    default_priority = 5
+    def apply(self):
+        docs = {number(d.split('/')[-1]):d for d in self.env.found_docs if re.match(r'lessons/\w+$', d)}
+        inside = (nodes.literal, nodes.literal_block, nodes.reference, nodes.title, nodes.raw, pending_xref)
+        for t in [*self.document.findall(nodes.Text)]:
+            p,new = t.parent,[]
+            if isinstance(p, nodes.literal) and (m := re.fullmatch(r'nbs/(.*)\.ipynb', t)) and not isinstance(p.parent, nodes.reference):
+                if f'lessons/{m[1]}' in self.env.found_docs: p.parent.replace(p, self.link(f'lessons/{m[1]}', p.deepcopy()))
+                continue
+            while p and not isinstance(p, inside): p = p.parent
+            parts = [] if p else re.split(r'\b([Ll]esson (\d+))\b', t)
+            for text,whole,n in zip(parts[::3], [*parts[1::3],''], [*parts[2::3],'']):
+                here = docs.get(n) in (None,self.env.docname)
+                new += [nodes.Text(text), nodes.Text(whole) if here else self.link(docs[n], nodes.inline(whole, whole))]
+            if len(new)>2: t.parent.replace(t, new)
+    def link(self, doc, shown):
+        return pending_xref('', shown, refdomain='std', reftype='doc', reftarget='/'+doc, refdoc=self.env.docname, refexplicit=True)
+
+def mathml(self, node, display):
+    self.body.append(convert(node.astext(), display=display))
+    raise nodes.SkipNode
+
+def setup(app):
+    app.add_transform(Links)
+    app.add_html_math_renderer('mathml', (lambda s,n: mathml(s, n, 'inline'), None), (lambda s,n: mathml(s, n, 'block'), None))
+    return {'parallel_read_safe': True}
