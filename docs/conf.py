@@ -18,9 +18,10 @@ extensions = ['myst_nb', 'pages']
 exclude_patterns = ['_extra', '_static']
 
 nb_execution_mode = 'off'                               # pages show the outputs that the notebooks store
-myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence']
+myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_block']
 myst_heading_anchors = 3
 python_maximum_signature_line_length = 70
+add_module_names = False
 
 html_theme = 'furo'
 html_title = 'minibatch'
@@ -31,4 +32,3 @@ html_js_files = ['site.js']
 html_math_renderer = 'mathml'
 html_copy_source = False
 html_show_sphinx = False
-html_theme_options = {'top_of_page_buttons': []}

@@ -4,12 +4,14 @@
 - `reference/`: every public name, from its docstring and the comments beside its parameters
 - `_extra/`: each lesson as notebook and as MyST text, to take away
 """
-import ast, html, inspect, re, textwrap
+import ast, inspect, re, textwrap
+from base64 import b64decode
 from importlib import import_module
+from importlib.resources import files
 from pathlib import Path
 import jupytext, nbformat
 from docutils import nodes
-from fastcore.docments import docments, empty
+from fastcore.docments import docments
 from latex2mathml.converter import convert
 from mdit_py_plugins.anchors.index import slugify
 from nbformat.v4 import new_markdown_cell
@@ -17,10 +19,10 @@ from sphinx.addnodes import pending_xref
 from sphinx.transforms import SphinxTransform
 
 def put(path, text):
-    "Write `text` unless it is there already, so that a second build only does what is new"
+    "Write `text` (or bytes) unless it is there already, so that a second build only does what is new"
+    data = text.encode() if isinstance(text, str) else text
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text(encoding='utf-8')!=text: path.write_text(text, encoding='utf-8')
-    return path
+    if not path.exists() or path.read_bytes()!=data: path.write_bytes(data)
 
 def lessons(nbs):
     "The notebooks in reading order: 00, 01, ..., a0, a1, ..."
@@ -42,7 +44,7 @@ def module_of(nb):
 def only_imports(code):
     "Is there nothing in `code` to read but imports and settings?"
     if re.search(r'^\s*[%!]', code, re.M): return False
-    setting = lambda o: isinstance(o, ast.Expr) and re.match(r'plt\.rcParams|warnings\.', ast.unparse(o))
+    setting = lambda o: re.match(r'plt\.rcParams|warnings\.', ast.unparse(o))
     return all(isinstance(o, (ast.Import,ast.ImportFrom)) or setting(o) for o in ast.parse(code).body)
 
 # Lessons ------------------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def tidy(nb):
         c.source = source(c)
         if exp: c.metadata['tags'] = ['remove-cell']
         elif export: c.metadata['tags'] = ['export']
-        if c.source and only_imports(c.source): fold(c, 'Imports')
+        if c.source and only_imports(c.source): fold(c, 'Imports of the module' if export else 'Imports')
         elif hide: fold(c, 'Preparation')
     nb.metadata['language_info'] = {'name': 'python', 'pygments_lexer': 'python'}
 
@@ -99,6 +101,12 @@ def as_text(path):
     cells = lambda nb: [(c.cell_type, c.source) for c in nb.cells]
     if cells(jupytext.reads(text, 'md:myst'))!=cells(nb): raise ValueError(f'{path.name} does not come back from its MyST text')
     return text
+
+def picture(nbs, stem, words):
+    "The picture of the first cell of a lesson that has `words` in its code"
+    for c in read(Path(nbs)/f'{stem}.ipynb').cells:
+        if c.cell_type=='code' and words in c.source: return b64decode(next(o.data['image/png'] for o in c.outputs if 'image/png' in o.get('data', {})))
+    raise ValueError(f'{stem} has no cell with {words!r}, whose picture the front page shows')
 
 # Reference ----------------------------------------------------------------------------------------------------
 
@@ -145,10 +153,12 @@ def raised(f, seen):
             if inspect.isfunction(g) and g.__module__.startswith('minibatch'): yield from raised(g, seen)
 
 def message(o):
-    "The text of an error, with what it names in braces"
-    if isinstance(o, ast.JoinedStr): return ''.join(message(v) for v in o.values)
-    if isinstance(o, ast.FormattedValue): return '{'+ast.unparse(o.value)+'}'
-    return o.value if isinstance(o, ast.Constant) and isinstance(o.value, str) else '{'+ast.unparse(o)+'}'
+    "The text of an error; what is filled in stands as its name, or as dots"
+    if isinstance(o, ast.JoinedStr): return ''.join(map(message, o.values))
+    if isinstance(o, ast.BinOp): return message(o.left)+message(o.right)
+    if isinstance(o, ast.FormattedValue): return message(o.value)
+    if isinstance(o, ast.Name): return f'`{o.id}`'
+    return o.value if isinstance(o, ast.Constant) and isinstance(o.value, str) else '…'
 
 def describe(f):
     "Tables of what a function takes, returns and raises"
@@ -218,6 +228,9 @@ def write(nbs, docs):
         solutions = Path(nbs)/'solutions'/path.name
         if solutions.exists(): put(docs/'lessons'/'solutions'/path.name, nbformat.writes(solution_page(solutions, title)))
     reference(nbs, docs/'reference')
+    put(docs/'_extra'/'fonts'/'math.ttf', (files('ziamath')/'fonts'/'STIXTwoMath-Regular.ttf').read_bytes())
+    put(docs/'lessons'/'digits.png', picture(nbs, '00_datasets', 'show_images'))
+    put(docs/'lessons'/'loss.png', picture(nbs, '03_loop', 'Training loss over three epochs'))
 
 # What Sphinx calls --------------------------------------------------------------------------------------------
 
