@@ -255,7 +255,7 @@ class Links(SphinxTransform):
         return pending_xref('', shown, refdomain='std', reftype='doc', reftarget='/'+doc, refdoc=self.env.docname, refexplicit=True)
 
 def mathml(self, node, display):
-    self.body.append(convert(node.astext(), display=display))
+    self.body.append(convert(node.astext(), display=display).replace('<mo>&#x0221E;</mo>', '<mi>∞</mi>'))     # a number, not an operator
     raise nodes.SkipNode
 
 def setup(app):
