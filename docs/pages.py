@@ -8,10 +8,11 @@ import ast, inspect, re, textwrap
 from base64 import b64decode
 from importlib import import_module
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
+from tokenize import COMMENT, OP, generate_tokens
 import jupytext, nbformat
 from docutils import nodes
-from fastcore.docments import docments
 from latex2mathml.converter import convert
 from mdit_py_plugins.anchors.index import slugify
 from nbformat.v4 import new_markdown_cell
@@ -147,7 +148,8 @@ def raised(f, seen):
     if f in seen: return
     seen.add(f)
     for o in ast.walk(tree(f)):
-        if isinstance(o, ast.Raise) and isinstance(o.exc, ast.Call) and o.exc.args: yield ast.unparse(o.exc.func),message(o.exc.args[0])
+        if isinstance(o, ast.Raise) and isinstance(o.exc, ast.Call) and o.exc.args:
+            if re.match('[A-Z]', e := ast.unparse(o.exc.func)): yield e,message(o.exc.args[0])
         elif isinstance(o, ast.Call) and isinstance(o.func, ast.Name) and o.func.id.startswith('_'):
             g = f.__globals__.get(o.func.id)
             if inspect.isfunction(g) and g.__module__.startswith('minibatch'): yield from raised(g, seen)
@@ -157,24 +159,41 @@ def message(o):
     if isinstance(o, ast.JoinedStr): return ''.join(map(message, o.values))
     if isinstance(o, ast.BinOp): return message(o.left)+message(o.right)
     if isinstance(o, ast.FormattedValue): return message(o.value)
-    if isinstance(o, ast.Name): return f'`{o.id}`'
+    if isinstance(o, ast.Name) and o.id[0]!='_': return f'`{o.id}`'
     return o.value if isinstance(o, ast.Constant) and isinstance(o.value, str) else '…'
 
+def comments(f):
+    "The comments beside parameters, as [(parameters, comment)], and that on what is returned"
+    src = textwrap.dedent(inspect.getsource(f))
+    node = ast.parse(src).body[0]
+    args = node.args
+    params = [*args.posonlyargs, *args.args, *filter(None, [args.vararg]), *args.kwonlyargs, *filter(None, [args.kwarg])]
+    stars = {args.vararg: '*', args.kwarg: '**'}
+    notes,depth,end = {},0,None
+    for t in generate_tokens(StringIO(src).readline):
+        if t.type==COMMENT: notes[t.start[0]] = (t.string.lstrip('# '), t.line.strip().startswith('#'))
+        elif t.string in '([{' and t.type==OP: depth += 1
+        elif t.string in ')]}' and t.type==OP: depth -= 1
+        elif t.string==':' and not depth and end is None: end = t.start[0]
+        if end and t.start[0]>end: break
+    rows,open_,last,returns = [],[],None,''
+    for line in range(node.lineno, end+1):
+        open_ += [stars.get(p, '')+p.arg for p in params if p.lineno==line and p.arg not in ('self','cls')]
+        text,alone = notes.get(line, ('', False))
+        if line==end and node.returns or text and not open_ and not alone: returns = text
+        elif text and open_:
+            rows.append([open_, text])
+            open_ = []
+        elif text: rows[-1][1] += ' '+text               # a second line of the same comment
+    return rows+[[open_, '']]*bool(open_), returns
+
 def describe(f):
-    "Tables of what a function takes, returns and raises"
-    docs = docments(f, full=True)
-    ret,rows,node = docs.pop('return', None),[],tree(f)
-    defaults = dict(zip([a.arg for a in node.args.args][::-1], node.args.defaults[::-1]))
-    defaults |= {a.arg:d for a,d in zip(node.args.kwonlyargs, node.args.kw_defaults) if d}
-    notes = {a.arg:a.annotation for a in ast.walk(node.args) if isinstance(a, ast.arg)}
-    for name,d in docs.items():
-        if name in ('self','cls'): continue
-        kind = code(ast.unparse(notes[name])) if notes.get(name) else ''
-        default = code(ast.unparse(defaults[name])) if name in defaults else ''
-        rows.append(f'| {code(name)} | {kind} | {default} | {prose(d.docment or "")} |')
+    "A table of what a function takes, then what it returns and raises"
+    rows,returns = comments(f)
     res = []
-    if rows: res += ['| parameter | type | default | meaning |', '| --- | --- | --- | --- |', *rows, '']
-    if ret and ret.docment: res += [f'**Returns** {prose(ret.docment)}', '']
+    if any(text for _,text in rows):
+        res += ['| parameter | meaning |', '| --- | --- |', *(f'| {", ".join(map(code, names))} | {prose(text)} |' for names,text in rows), '']
+    if returns: res += [f'**Returns** {prose(returns)}', '']
     errors = dict.fromkeys(raised(f, set()))
     if errors: res += ['**Raises**', '', *(f'- {code(e)}: {prose(m)}' for e,m in errors), '']
     return res
@@ -206,7 +225,7 @@ def reference(nbs, to):
         mod = module_of(read(path))
         if not mod: continue
         m = import_module(f'minibatch.{mod}')
-        page = [f'# {mod}', '', prose(m.__doc__ or ''), '']
+        page = [f'# minibatch.{mod}', '', prose(m.__doc__ or ''), '']
         for name in m.__all__:
             o = getattr(m, name)
             if f'{mod}.{name}' not in where: continue

@@ -123,7 +123,7 @@ def test_formulas(site, tab):
     tab.goto((site/'lessons'/'02_losses.html').as_uri())
     assert tab.locator('math').count()>10
     assert tab.locator('merror').count()==0
-    assert tab.evaluate("document.fonts.load('16px Math').then(f => f.length)")==1
+    assert tab.evaluate("document.fonts.load('16px Formulas').then(f => f.length)")==1
     small,big = (tab.locator(f'math {part}').first.bounding_box()['height'] for part in ('mi', 'mfrac'))
     assert big>1.5*small                            # a fraction stands on two lines
 
