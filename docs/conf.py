@@ -18,7 +18,9 @@ extensions = ['myst_nb', 'pages']
 exclude_patterns = ['_extra', '_static']
 
 nb_execution_mode = 'off'                               # pages show the outputs that the notebooks store
+nb_merge_streams = True
 myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'attrs_block']
+myst_dmath_double_inline = True
 myst_heading_anchors = 3
 python_maximum_signature_line_length = 70
 add_module_names = False

@@ -45,7 +45,7 @@ def module_of(nb):
 def only_imports(code):
     "Is there nothing in `code` to read but imports and settings?"
     if re.search(r'^\s*[%!]', code, re.M): return False
-    setting = lambda o: re.match(r'plt\.rcParams|warnings\.', ast.unparse(o))
+    setting = lambda o: re.match(r'plt\.rcParams|warnings\.|os\.environ', ast.unparse(o))
     return all(isinstance(o, (ast.Import,ast.ImportFrom)) or setting(o) for o in ast.parse(code).body)
 
 # Lessons ------------------------------------------------------------------------------------------------------
@@ -60,10 +60,9 @@ def tidy(nb):
         if c.cell_type!='code': continue
         export,hide,exp = marked(c, 'export'),marked(c, 'hide'),marked(c, 'default_exp')
         c.source = source(c)
-        if exp: c.metadata['tags'] = ['remove-cell']
-        elif export: c.metadata['tags'] = ['export']
-        if c.source and only_imports(c.source): fold(c, 'Imports of the module' if export else 'Imports')
-        elif hide: fold(c, 'Preparation')
+        if export: c.metadata['tags'] = ['export']
+        if not exp and only_imports(c.source): fold(c, 'Imports of the module' if export else 'Imports')
+        elif exp or hide: c.metadata['tags'] = ['remove-cell']
     nb.metadata['language_info'] = {'name': 'python', 'pygments_lexer': 'python'}
 
 def lesson_page(path):
