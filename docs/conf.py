@@ -24,6 +24,7 @@ myst_dmath_double_inline = True
 myst_heading_anchors = 3
 python_maximum_signature_line_length = 70
 add_module_names = False
+smartquotes = False                                     # '--out' and 'mean' are to be typed as they stand
 
 html_theme = 'furo'
 html_title = 'minibatch'

@@ -76,18 +76,20 @@ def lesson_page(path):
     nb.cells[0].source = re.sub(r'^# (.*)\n?', top, nb.cells[0].source, count=1)
     return nb
 
-def solution_page(path, title):
+def solution_page(path, name):
     "The solutions, each folded under its heading"
     nb = read(path)
     tidy(nb)
-    nb.cells[0].source = re.sub(r'^# .*', f'# Solutions {number(path.stem)} · {title}', nb.cells[0].source, count=1)
+    nb.cells[0].source = re.sub(r'^# .*', f'# Solutions {number(path.stem)} · {name}', nb.cells[0].source, count=1)
     cells,is_open = [],False
     for c in nb.cells:
-        m = c.cell_type=='markdown' and re.match(r'(## .*)\n*([\s\S]*)', c.source)
+        m = c.cell_type=='markdown' and re.match(r'(?:## *(.*)|\*\*(\d+\..*?)\*\*)\s*([\s\S]*)', c.source)
         if not m:
             cells.append(c)
             continue
-        start = ('</details>\n\n' if is_open else '')+m[1]+'\n\n<details class="solution"><summary>Solution</summary>\n\n'+m[2]
+        title = (m[1] or m[2]).rstrip('.')
+        if title.isdigit(): title = f'Exercise {title}'
+        start = '</details>\n\n'*is_open+f'## {title}\n\n<details class="solution"><summary>Solution</summary>\n\n{m[3]}'
         cells.append(new_markdown_cell(start, id=c.id))
         is_open = True
     nb.cells = cells+[new_markdown_cell('</details>', id='end')]*is_open
