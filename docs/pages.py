@@ -124,8 +124,8 @@ def places(nbs):
                 head = ([head]+re.findall(r'^##+ (.*)', text, re.M))[-1]
             elif marked(c, 'export'):
                 for o in ast.parse(source(c)).body:
-                    if isinstance(o, (ast.FunctionDef,ast.ClassDef)):
-                        res.setdefault(f'{mod}.{o.name}', (f'../lessons/{path.name}#{slugify(head)}', path.stem, head))
+                    names = [o.name] if isinstance(o, (ast.FunctionDef,ast.ClassDef)) else [t.id for t in getattr(o, 'targets', []) if isinstance(t, ast.Name)]
+                    for n in names: res.setdefault(f'{mod}.{n}', (f'../lessons/{path.name}#{slugify(head)}', path.stem, head))
     return res
 
 def code(s): return '`` '+s.replace('|', '\\|')+' ``' if '`' in s else '`'+s.replace('|', '\\|')+'`'
@@ -199,8 +199,8 @@ def describe(f):
     if errors: res += ['**Raises**', '', *(f'- {code(e)}: {prose(m)}' for e,m in errors), '']
     return res
 
-def entry(kind, name, sig, doc, body, mod):
-    return [f'::::{{py:{kind}}} {name}{sig}', f':module: minibatch.{mod}', '', prose(doc or ''), '', *body, '::::', '']
+def entry(kind, name, sig, text, body, mod):
+    return [f'::::{{py:{kind}}} {name}{sig}', f':module: minibatch.{mod}', '', prose(text), '', *body, '::::', '']
 
 def members(cls):
     "The public methods and properties that a class defines itself"
@@ -208,35 +208,42 @@ def members(cls):
         f = o.fget if isinstance(o, property) else getattr(o, '__func__', o)
         if not name.startswith('_') and inspect.isfunction(f) and f.__doc__: yield name,o,f
 
+def doc(o):
+    "The docstring of a function, a class, or an object that has one of its own"
+    return (o.__doc__ if isinstance(o, type) or inspect.isfunction(o) else getattr(o, '__dict__', {}).get('__doc__')) or ''
+
 def document(name, o, mod, where):
     link,stem,head = where[f'{mod}.{name}']
     origin = [f'From [{"appendix" if stem[0]=="a" else "lesson"} {number(stem)}: {head}]({link}).', '']
-    if not isinstance(o, type): return entry('function', name, signature(o), o.__doc__, describe(o)+origin, mod)
+    if inspect.isfunction(o): return entry('function', name, signature(o), doc(o), describe(o)+origin, mod)
+    if callable(o) and not isinstance(o, type): return entry('function', name, inspect.signature(o), doc(o), origin, mod)
+    if not isinstance(o, type): return entry('data', name, '', doc(o), origin, mod)
     init = vars(o).get('__init__')
-    res = entry('class', name, signature(init) if init else '', o.__doc__, (describe(init) if init else [])+origin, mod)
+    res = entry('class', name, signature(init) if init else '', doc(o), (describe(init) if init else [])+origin, mod)
     for m,p,f in members(o):
         is_prop = isinstance(p, property)
-        res += entry('property' if is_prop else 'method', f'{name}.{m}', '' if is_prop else signature(f), f.__doc__, [] if is_prop else describe(f), mod)
+        res += entry('property' if is_prop else 'method', f'{name}.{m}', '' if is_prop else signature(f), doc(f), [] if is_prop else describe(f), mod)
     return res
 
 def reference(nbs, to):
     "A page for each module, and one with all names"
-    where,table = places(nbs),[]
+    where,mods = places(nbs),[]
+    index = ['# Reference', '', 'Every public name, from its docstring and the comments beside its parameters. `from minibatch.all import *` brings '
+             'them all, but for the commands and what is in `minibatch.check`.', '']
     for path in lessons(nbs):
         mod = module_of(read(path))
         if not mod: continue
         m = import_module(f'minibatch.{mod}')
         page = [f'# minibatch.{mod}', '', prose(m.__doc__ or ''), '']
+        index += [f'## [minibatch.{mod}]({mod}.md)', '', '| name | what it is |', '| --- | --- |']
         for name in m.__all__:
             o = getattr(m, name)
-            if f'{mod}.{name}' not in where: continue
             page += document(name, o, mod, where)
-            table.append(f'| [`{name}`](#minibatch.{mod}.{name}) | {prose((o.__doc__ or "").split(chr(10))[0])} | [{number(path.stem)}]({where[f"{mod}.{name}"][0]}) |')
+            index.append(f'| [`{name}`](#minibatch.{mod}.{name}) | {prose(doc(o).split(chr(10))[0])} |')
+        index.append('')
         put(to/f'{mod}.md', '\n'.join(page))
-    mods = [m for p in lessons(nbs) if (m := module_of(read(p)))]
-    put(to/'index.md', '\n'.join(['# Reference', '', 'Every public name, from its docstring and the comments beside its parameters. '
-        '`from minibatch.all import *` brings them all.', '', '| name | what it does | lesson |', '| --- | --- | --- |', *table, '',
-        '```{toctree}', ':hidden:', '', *mods, '```', '']))
+        mods.append(mod)
+    put(to/'index.md', '\n'.join([*index, '```{toctree}', ':hidden:', '', *mods, '```', '']))
 
 def write(nbs, docs):
     "All pages that are made"

@@ -1,6 +1,7 @@
 "The website: it builds without a warning, every link leads somewhere, and a browser shows every page as it should"
 import os, re, shutil, subprocess, sys, time
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 import pytest
@@ -8,7 +9,6 @@ import pytest
 for name in ('myst_nb', 'furo', 'jupytext', 'latex2mathml', 'ziamath', 'playwright'): pytest.importorskip(name, reason='needs pip install -e ".[site]"')
 import jupytext, nbformat
 from playwright.sync_api import sync_playwright
-import minibatch.all
 
 pytestmark = pytest.mark.site
 root = Path(__file__).parents[1]
@@ -99,11 +99,19 @@ def test_myst_text_comes_back(site):
 
 def test_reference_has_every_public_name(html, site):
     ids = set().union(*(c.ids for p,c in html.items() if p.parent==site/'reference'))
-    names = {f'{o.__module__}.{n}' for n,o in vars(minibatch.all).items() if not n.startswith('_') and getattr(o, '__module__', '').startswith('minibatch.')}
-    assert len(names)>40
+    modules = [import_module(f'minibatch.{p.stem}') for p in (root/'minibatch').glob('[a-z]*.py')]
+    names = {f'{m.__name__}.{n}' for m in modules for n in getattr(m, '__all__', ())}
+    assert len(names)>60
     assert not names-ids
     loss = html[site/'reference'/'losses.html'].text
     for part in ('label_smoothing', 'share of the truth', 'Returns', 'Raises', 'expected floating-point', 'lesson 2'): assert part in loss
+
+def test_front_page_shows_what_check_says():
+    check = pytest.importorskip('minibatch.check')
+    page = (root/'docs'/'index.md').read_text(encoding='utf-8')
+    code,said = (re.search(rf'```{lang}\n(.*?)```', page, re.S)[1] for lang in ('python', 'text'))
+    with pytest.raises(check.Wrong) as e: exec('import torch\n'+code, {})
+    assert str(e.value).split()==said.split()
 
 @pytest.mark.parametrize('width', WIDTHS)
 def test_every_page_opens(site, tab, width):
