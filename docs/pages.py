@@ -235,7 +235,8 @@ def reference(nbs, to):
         if not mod: continue
         m = import_module(f'minibatch.{mod}')
         page = [f'# minibatch.{mod}', '', prose(m.__doc__ or ''), '']
-        index += [f'## [minibatch.{mod}]({mod}.md)', '', '| name | what it is |', '| --- | --- |']
+        made_in = f'[{"appendix" if path.name[0]=="a" else "lesson"} {number(path.stem)}](../lessons/{path.name})'
+        index += [f'## [minibatch.{mod}]({mod}.md)', '', f'Made in {made_in}.', '', '| name | what it is |', '| --- | --- |']
         for name in m.__all__:
             o = getattr(m, name)
             page += document(name, o, mod, where)
