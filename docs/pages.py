@@ -42,11 +42,12 @@ def module_of(nb):
     "The module that a lesson makes"
     return next((m[1] for c in nb.cells if (m := marked(c, 'default_exp'))), None)
 
-def only_imports(code):
-    "Is there nothing in `code` to read but imports and settings?"
-    if re.search(r'^\s*[%!]', code, re.M): return False
+def mostly_imports(code):
+    "Are at least three statements of four in `code` imports and settings?"
+    if not code or re.search(r'^\s*[%!]', code, re.M): return False
     setting = lambda o: re.match(r'plt\.rcParams|warnings\.|os\.environ', ast.unparse(o))
-    return all(isinstance(o, (ast.Import,ast.ImportFrom)) or setting(o) for o in ast.parse(code).body)
+    body = ast.parse(code).body
+    return sum(1 for o in body if isinstance(o, (ast.Import,ast.ImportFrom)) or setting(o)) >= 0.75*len(body)
 
 # Lessons ------------------------------------------------------------------------------------------------------
 
@@ -61,7 +62,7 @@ def tidy(nb):
         export,hide,exp = marked(c, 'export'),marked(c, 'hide'),marked(c, 'default_exp')
         c.source = source(c)
         if export: c.metadata['tags'] = ['export']
-        if not exp and only_imports(c.source): fold(c, 'Imports of the module' if export else 'Imports')
+        if not exp and mostly_imports(c.source): fold(c, 'Imports of the module' if export else 'Imports')
         elif exp or hide: c.metadata['tags'] = ['remove-cell']
     nb.metadata['language_info'] = {'name': 'python', 'pygments_lexer': 'python'}
 

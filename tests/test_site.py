@@ -121,13 +121,18 @@ def test_every_page_opens(site, tab, width):
         tab.goto(page.as_uri())
         got = tab.evaluate(r'''() => ({
             wide: Math.max(0, document.documentElement.scrollWidth - innerWidth),
+            cut: [...document.querySelectorAll('article *')].filter(e => {
+                if (!e.checkVisibility() || e.getBoundingClientRect().right <= innerWidth+1) return false
+                for (let p = e.parentElement; p.tagName != 'ARTICLE'; p = p.parentElement)
+                    if (/auto|scroll/.test(getComputedStyle(p).overflowX)) return false
+                return true }).map(e => e.outerHTML.slice(0, 99)),
             broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src),
             flat: [...document.querySelectorAll('math')].filter(m => m.checkVisibility() && !m.getBoundingClientRect().height).length,
             raw: [...document.querySelectorAll('article p, article li, article td')].map(e => {
                 const c = e.cloneNode(true)
                 c.querySelectorAll('code, pre, math').forEach(o => o.remove())
                 return c.textContent }).filter(t => /\\(frac|sum|text|log|partial)|\$.+\$/.test(t))})''')
-        assert got=={'wide': 0, 'broken': [], 'flat': 0, 'raw': []}, page.name
+        assert got=={'wide': 0, 'cut': [], 'broken': [], 'flat': 0, 'raw': []}, page.name
     assert not tab.trouble
 
 def test_formulas(site, tab):
