@@ -34,4 +34,5 @@ html_css_files = ['site.css']
 html_js_files = ['site.js']
 html_math_renderer = 'mathml'
 html_copy_source = False
+html_use_index = False                                  # reference/index is the list of names
 html_show_sphinx = False
