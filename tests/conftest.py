@@ -4,8 +4,6 @@ import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)      # a test run in the background inherits that Ctrl-C is ignored
 
-def pytest_configure(config): config.addinivalue_line('markers', 'site: builds the website and looks at it in a browser; needs `.[site]` and a Chromium')
-
 SHARED = Path(os.environ.get('MINIBATCH_DATA') or 'nowhere').absolute()
 
 @pytest.fixture(scope='session')
