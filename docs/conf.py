@@ -28,6 +28,7 @@ smartquotes = False                                     # '--out' and 'mean' are
 
 html_theme = 'furo'
 html_title = 'minibatch'
+html_favicon = '_static/icon.svg'
 html_static_path = ['_static']
 html_extra_path = ['_extra']
 html_css_files = ['site.css']

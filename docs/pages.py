@@ -19,9 +19,12 @@ from nbformat.v4 import new_markdown_cell
 from sphinx.addnodes import pending_xref
 from sphinx.transforms import SphinxTransform
 
+made = set()                                            # every file that was written or found to be as it should
+
 def put(path, text):
     "Write `text` (or bytes) unless it is there already, so that a second build only does what is new"
     data = text.encode() if isinstance(text, str) else text
+    made.add(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_bytes()!=data: path.write_bytes(data)
 
@@ -34,6 +37,7 @@ def number(stem):
     n = stem.split('_')[0]
     return n.upper() if n[0]=='a' else str(int(n))
 
+def called(stem): return ('appendix ' if stem[0]=='a' else 'lesson ')+number(stem)
 def source(cell): return re.sub(r'^#\|.*\n?', '', cell.source, flags=re.M).strip('\n')
 def marked(cell, mark): return re.search(rf'^#\| *{mark}\b *(\S*)', cell.source, re.M)
 def read(path): return nbformat.read(path, as_version=4)
@@ -72,7 +76,8 @@ def lesson_page(path):
     mod,stem = module_of(nb),path.stem
     tidy(nb)
     about = [f'makes [`minibatch.{mod}`](../reference/{mod}.md)'] if mod else []
-    about += [f'<a href="../notebooks/{stem}.ipynb" download>notebook</a>', f'<a href="../text/{stem}.md">MyST text</a>']
+    about += [f'<a href="../notebooks/{stem}.ipynb" download>notebook</a>',
+              f'<a href="../text/{stem}.md">MyST text</a>']
     top = f'# {number(stem)} · \\1\n\n:::{{container}} about\n{" · ".join(about)}\n:::\n'
     nb.cells[0].source = re.sub(r'^# (.*)\n?', top, nb.cells[0].source, count=1)
     return nb
@@ -81,7 +86,8 @@ def solution_page(path, name):
     "The solutions, each folded under its heading"
     nb = read(path)
     tidy(nb)
-    nb.cells[0].source = re.sub(r'^# .*', f'# Solutions {number(path.stem)} · {name}', nb.cells[0].source, count=1)
+    title = f'# Solutions {number(path.stem)} · {name}'
+    nb.cells[0].source = re.sub(r'^# .*', title, nb.cells[0].source, count=1)
     cells,is_open = [],False
     for c in nb.cells:
         m = c.cell_type=='markdown' and re.match(r'(?:## *(.*)|\*\*(\d+\..*?)\*\*)\s*([\s\S]*)', c.source)
@@ -90,8 +96,9 @@ def solution_page(path, name):
             continue
         title = (m[1] or m[2]).rstrip('.')
         if title.isdigit(): title = f'Exercise {title}'
-        start = '</details>\n\n'*is_open+f'## {title}\n\n<details class="solution"><summary>Solution</summary>\n\n{m[3]}'
-        cells.append(new_markdown_cell(start, id=c.id))
+        before = '</details>\n\n' if is_open else ''
+        opening = '<details class="solution"><summary>Solution</summary>'
+        cells.append(new_markdown_cell(f'{before}## {title}\n\n{opening}\n\n{m[3]}', id=c.id))
         is_open = True
     nb.cells = cells+[new_markdown_cell('</details>', id='end')]*is_open
     return nb
@@ -102,14 +109,16 @@ def as_text(path):
     nb.metadata['kernelspec'] = {'display_name': 'Python 3', 'language': 'python', 'name': 'python3'}
     text = jupytext.writes(nb, 'md:myst')
     cells = lambda nb: [(c.cell_type, c.source) for c in nb.cells]
-    if cells(jupytext.reads(text, 'md:myst'))!=cells(nb): raise ValueError(f'{path.name} does not come back from its MyST text')
-    return text
+    if cells(jupytext.reads(text, 'md:myst'))==cells(nb): return text
+    raise ValueError(f'{path.name} does not come back from its MyST text')
 
 def picture(nbs, stem, words):
     "The picture of the first cell of a lesson that has `words` in its code"
     for c in read(Path(nbs)/f'{stem}.ipynb').cells:
-        if c.cell_type=='code' and words in c.source: return b64decode(next(o.data['image/png'] for o in c.outputs if 'image/png' in o.get('data', {})))
-    raise ValueError(f'{stem} has no cell with {words!r}, whose picture the front page shows')
+        if c.cell_type=='code' and words in c.source:
+            for o in c.outputs:
+                if 'image/png' in o.get('data', {}): return b64decode(o.data['image/png'])
+    raise ValueError(f'{stem} has no cell with {words!r} and a picture, which the front page shows')
 
 # Reference ----------------------------------------------------------------------------------------------------
 
@@ -124,16 +133,18 @@ def places(nbs):
                 text = re.sub(r'^```[\s\S]*?^```', '', c.source, flags=re.M)
                 head = ([head]+re.findall(r'^##+ (.*)', text, re.M))[-1]
             elif marked(c, 'export'):
+                link = f'../lessons/{path.name}#{slugify(head)}'
                 for o in ast.parse(source(c)).body:
-                    names = [o.name] if isinstance(o, (ast.FunctionDef,ast.ClassDef)) else [t.id for t in getattr(o, 'targets', []) if isinstance(t, ast.Name)]
-                    for n in names: res.setdefault(f'{mod}.{n}', (f'../lessons/{path.name}#{slugify(head)}', path.stem, head))
+                    if isinstance(o, (ast.FunctionDef,ast.ClassDef)): names = [o.name]
+                    else: names = [t.id for t in getattr(o, 'targets', []) if isinstance(t, ast.Name)]
+                    for n in names: res.setdefault(f'{mod}.{n}', (link, path.stem, head))
     return res
 
 def code(s): return '`` '+s.replace('|', '\\|')+' ``' if '`' in s else '`'+s.replace('|', '\\|')+'`'
 def prose(s):
     "A comment as Markdown: what is in backticks stays, what would be markup elsewhere is escaped"
     parts = re.split(r'(`[^`]*`)', ' '.join(s.split()))
-    return ''.join(p.replace('|', '\\|') if p.startswith('`') else re.sub(r'([<*$|\[\]])', r'\\\1', p) for p in parts)
+    return ''.join(re.sub(r'\|' if p.startswith('`') else r'[<*$|\[\]]', r'\\\g<0>', p) for p in parts)
 
 def tree(o):
     "The syntax tree of a function or class"
@@ -154,7 +165,8 @@ def raised(f, seen):
             if re.match('[A-Z]', e := ast.unparse(o.exc.func)): yield e,message(o.exc.args[0])
         elif isinstance(o, ast.Call) and isinstance(o.func, ast.Name) and o.func.id.startswith('_'):
             g = f.__globals__.get(o.func.id)
-            if inspect.isfunction(g) and g.__module__.startswith('minibatch'): yield from raised(g, seen)
+            ours = inspect.isfunction(g) and g.__module__.startswith('minibatch')
+            if ours: yield from raised(g, seen)
 
 def message(o):
     "The text of an error; what is filled in stands as its name, or as dots"
@@ -169,7 +181,7 @@ def comments(f):
     src = textwrap.dedent(inspect.getsource(f))
     node = ast.parse(src).body[0]
     args = node.args
-    params = [*args.posonlyargs, *args.args, *filter(None, [args.vararg]), *args.kwonlyargs, *filter(None, [args.kwarg])]
+    params = [p for p in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if p]
     stars = {args.vararg: '*', args.kwarg: '**'}
     notes,depth,end = {},0,None
     for t in generate_tokens(StringIO(src).readline):
@@ -178,7 +190,7 @@ def comments(f):
         elif t.string in ')]}' and t.type==OP: depth -= 1
         elif t.string==':' and not depth and end is None: end = t.start[0]
         if end and t.start[0]>end: break
-    rows,open_,last,returns = [],[],None,''
+    rows,open_,returns = [],[],''               # open: parameters that wait for a comment
     for line in range(node.lineno, end+1):
         open_ += [stars.get(p, '')+p.arg for p in params if p.lineno==line and p.arg not in ('self','cls')]
         text,alone = notes.get(line, ('', False))
@@ -194,7 +206,8 @@ def describe(f):
     rows,returns = comments(f)
     res = []
     if any(text for _,text in rows):
-        res += ['| parameter | meaning |', '| --- | --- |', *(f'| {", ".join(map(code, names))} | {prose(text)} |' for names,text in rows), '']
+        table = [f'| {", ".join(map(code, names))} | {prose(text)} |' for names,text in rows]
+        res += ['| parameter | meaning |', '| --- | --- |', *table, '']
     if returns: res += [f'**Returns** {prose(returns)}', '']
     errors = dict.fromkeys(raised(f, set()))
     if errors: res += ['**Raises**', '', *(f'- {code(e)}: {prose(m)}' for e,m in errors), '']
@@ -211,37 +224,40 @@ def members(cls):
 
 def doc(o):
     "The docstring of a function, a class, or an object that has one of its own"
-    return (o.__doc__ if isinstance(o, type) or inspect.isfunction(o) else getattr(o, '__dict__', {}).get('__doc__')) or ''
+    own = isinstance(o, type) or inspect.isfunction(o) or '__doc__' in getattr(o, '__dict__', {})
+    return own and o.__doc__ or ''
 
 def document(name, o, mod, where):
     link,stem,head = where[f'{mod}.{name}']
-    origin = [f'From [{"appendix" if stem[0]=="a" else "lesson"} {number(stem)}: {head}]({link}).', '']
+    origin = [f'From [{called(stem)}: {head}]({link}).', '']
     if inspect.isfunction(o): return entry('function', name, signature(o), doc(o), describe(o)+origin, mod)
-    if callable(o) and not isinstance(o, type): return entry('function', name, inspect.signature(o), doc(o), origin, mod)
-    if not isinstance(o, type): return entry('data', name, '', doc(o), origin, mod)
+    if not isinstance(o, type):
+        kind,sig = ('function',inspect.signature(o)) if callable(o) else ('data','')
+        return entry(kind, name, sig, doc(o), origin, mod)
     init = vars(o).get('__init__')
-    res = entry('class', name, signature(init) if init else '', doc(o), (describe(init) if init else [])+origin, mod)
+    sig,body = (signature(init),describe(init)) if init else ('',[])
+    res = entry('class', name, sig, doc(o), body+origin, mod)
     for m,p,f in members(o):
-        is_prop = isinstance(p, property)
-        res += entry('property' if is_prop else 'method', f'{name}.{m}', '' if is_prop else signature(f), doc(f), [] if is_prop else describe(f), mod)
+        if isinstance(p, property): res += entry('property', f'{name}.{m}', '', doc(f), [], mod)
+        else: res += entry('method', f'{name}.{m}', signature(f), doc(f), describe(f), mod)
     return res
 
 def reference(nbs, to):
     "A page for each module, and one with all names"
     where,mods = places(nbs),[]
-    index = ['# Reference', '', 'Every public name, from its docstring and the comments beside its parameters. `from minibatch.all import *` brings '
-             'them all, but for the commands and what is in `minibatch.check`.', '']
+    index = ['# Reference', '', 'Every public name, from its docstring and the comments beside its parameters. '
+             '`from minibatch.all import *` brings them all, but for the commands and what is in `minibatch.check`.', '']
     for path in lessons(nbs):
         mod = module_of(read(path))
         if not mod: continue
         m = import_module(f'minibatch.{mod}')
         page = [f'# minibatch.{mod}', '', prose(m.__doc__ or ''), '']
-        made_in = f'[{"appendix" if path.name[0]=="a" else "lesson"} {number(path.stem)}](../lessons/{path.name})'
-        index += [f'## [minibatch.{mod}]({mod}.md)', '', f'Made in {made_in}.', '', '| name | what it is |', '| --- | --- |']
+        made_in = f'Made in [{called(path.stem)}](../lessons/{path.name}).'
+        index += [f'## [minibatch.{mod}]({mod}.md)', '', made_in, '', '| name | what it is |', '| --- | --- |']
         for name in m.__all__:
             o = getattr(m, name)
             page += document(name, o, mod, where)
-            index.append(f'| [`{name}`](#minibatch.{mod}.{name}) | {prose(doc(o).split(chr(10))[0])} |')
+            index.append(f'| [`{name}`](#minibatch.{mod}.{name}) | {prose(doc(o))} |')
         index.append('')
         put(to/f'{mod}.md', '\n'.join(page))
         mods.append(mod)
@@ -255,11 +271,15 @@ def write(nbs, docs):
         put(docs/'_extra'/'text'/f'{path.stem}.md', as_text(path))
         title = re.match('# (.*)', read(path).cells[0].source)[1]
         solutions = Path(nbs)/'solutions'/path.name
-        if solutions.exists(): put(docs/'lessons'/'solutions'/path.name, nbformat.writes(solution_page(solutions, title)))
+        if solutions.exists():
+            put(docs/'lessons'/'solutions'/path.name, nbformat.writes(solution_page(solutions, title)))
     reference(nbs, docs/'reference')
     put(docs/'_extra'/'fonts'/'math.ttf', (files('ziamath')/'fonts'/'STIXTwoMath-Regular.ttf').read_bytes())
     put(docs/'lessons'/'digits.png', picture(nbs, '00_datasets', 'show_images'))
     put(docs/'lessons'/'loss.png', picture(nbs, '03_loop', 'Training loss over three epochs'))
+    for folder in ('lessons', 'reference', '_extra'):       # what a lesson that has gone left behind
+        for path in (docs/folder).rglob('*.*'):
+            if path not in made: path.unlink()
 
 # What Sphinx calls --------------------------------------------------------------------------------------------
 
@@ -271,8 +291,9 @@ class Links(SphinxTransform):
         inside = (nodes.literal, nodes.literal_block, nodes.reference, nodes.title, nodes.raw, pending_xref)
         for t in [*self.document.findall(nodes.Text)]:
             p,new = t.parent,[]
-            if isinstance(p, nodes.literal) and (m := re.fullmatch(r'nbs/(.*)\.ipynb', t)) and not isinstance(p.parent, nodes.reference):
-                if f'lessons/{m[1]}' in self.env.found_docs: p.parent.replace(p, self.link(f'lessons/{m[1]}', p.deepcopy()))
+            if isinstance(p, nodes.literal) and not isinstance(p.parent, nodes.reference):
+                doc = re.sub(r'^nbs/(.*)\.ipynb$', r'lessons/\1', t)
+                if doc in self.env.found_docs: p.parent.replace(p, self.link(doc, p.deepcopy()))
                 continue
             while p and not isinstance(p, inside): p = p.parent
             parts = [] if p else re.split(r'\b([Ll]esson (\d+))\b', t)
@@ -281,13 +302,16 @@ class Links(SphinxTransform):
                 new += [nodes.Text(text), nodes.Text(whole) if here else self.link(docs[n], nodes.inline(whole, whole))]
             if len(new)>2: t.parent.replace(t, new)
     def link(self, doc, shown):
-        return pending_xref('', shown, refdomain='std', reftype='doc', reftarget='/'+doc, refdoc=self.env.docname, refexplicit=True)
+        return pending_xref('', shown, refdomain='std', reftype='doc', reftarget='/'+doc, refdoc=self.env.docname,
+                            refexplicit=True)
 
 def mathml(self, node, display):
-    self.body.append(convert(node.astext(), display=display).replace('<mo>&#x0221E;</mo>', '<mi>∞</mi>'))     # a number, not an operator
+    math = convert(node.astext(), display=display)
+    self.body.append(math.replace('<mo>&#x0221E;</mo>', '<mi>∞</mi>'))      # a number, and no operator
     raise nodes.SkipNode
 
 def setup(app):
     app.add_transform(Links)
-    app.add_html_math_renderer('mathml', (lambda s,n: mathml(s, n, 'inline'), None), (lambda s,n: mathml(s, n, 'block'), None))
+    inline,block = ((lambda self,node,d=d: mathml(self, node, d), None) for d in ('inline','block'))
+    app.add_html_math_renderer('mathml', inline, block)
     return {'parallel_read_safe': True}
