@@ -291,7 +291,7 @@ def fit(epochs:int, # passes over the training data
         for f in run.before_fit: f(run)
         _rehearse(run)
         while run.epoch<epochs and not run.stop:
-            run.batches,run.start = train_dl,time.perf_counter()-run.seconds
+            run.batches,run.start = run.train_dl,time.perf_counter()-run.seconds
             for f in run.before_epoch: f(run)
             run.batches = peekable(run.walk(run.batches))
             for run.xb,run.yb,run.n,run.walked in run.batches:
