@@ -38,25 +38,29 @@ def _in_step(dl):
     "Give every process the random states of process 0"
     _set_rng(share(_get_rng, dl), dl)
 
-# %% ../nbs/10_distributed.ipynb #8222c51b
+# %% ../nbs/10_distributed.ipynb #3517a86b
 def join_group(timeout:float=300 # seconds to wait for another process before that is an error
               )->torch.device: # where this process should train
     "Become one of the processes that `torchrun` has started; without it, stay alone"
     cuda,local = torch.cuda.is_available(),int(os.environ.get('LOCAL_RANK', 0))
     if cuda: torch.cuda.set_device(local)
     if 'RANK' in os.environ and not dist.is_initialized():
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo',
-                                timeout=timedelta(seconds=timeout))
+        wait,alone = timedelta(seconds=timeout),os.environ.get('GROUP_WORLD_SIZE', '1')=='1'
+        store,rank,world = next(dist.rendezvous('env://', timeout=wait))
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0
+        store = dist.PrefixStore(f'attempt {attempt}', store)     # nothing of those that died
+        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=wait,
+                                store=store, rank=rank, world_size=world)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-        if dist.get_rank(): sys.stdout = open(os.devnull, 'w')      # one voice is enough
+        if rank: sys.stdout = open(os.devnull, 'w')      # one voice is enough
         _in_step(None)
     return torch.device('cuda', local) if cuda else torch.device('cpu')
 
-# %% ../nbs/10_distributed.ipynb #c2a223c1
+# %% ../nbs/10_distributed.ipynb #70b634f6
 class Distributed(Callback):
     "Trains in each process of a group what one process would train: same figures, same weights"
     order = -15        # Accumulate has decided on the update; AMP, ClipGrad see the whole gradient
-    world = 1
+    world,ddp,outer = 1,False,None
     def part(self, n): return n*self.rank//self.world, n*(self.rank+1)//self.world
     def rows(self, order): # an epoch of batches of indices
         "Our part of each; of an empty part a row that will weigh nothing, to go along"
