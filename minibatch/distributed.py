@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['share', 'join_group', 'Distributed']
 
-# %% ../nbs/10_distributed.ipynb #d0f00524
+# %% ../nbs/10_distributed.ipynb #35c32617
 import atexit, copy, itertools, operator, os, sys, zlib
 import numpy as np, torch, torch.distributed as dist
 from collections import deque
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DistributedSampler, IterableDataset
-from .data import _Fetcher, _get_rng, _owners, _set_rng
+from .data import DataLoader, _Fetcher, _get_rng, _owners, _set_rng
 from .training import *
 from .training import _figures, _sums, _what
 from .callbacks import Accumulate
@@ -81,12 +81,13 @@ class Distributed(Callback):
         run.xb,run.yb = tree_map(lambda t: t[rows], (run.xb,run.yb))
         return hi-lo if run.count is len or lo==hi else float(run.count(run.yb))
 
-# %% ../nbs/10_distributed.ipynb #543e654c
-def _dealt(dl, deal):
-    "Our loader, that fetches only what `deal` leaves of an epoch of batches of indices"
+# %% ../nbs/10_distributed.ipynb #652b7992
+def _dealt(dl, deal, shift=0):
+    "Our loader, that fetches only what `deal` leaves of an epoch; workers draw by other seeds"
     dl = copy.copy(dl)
     whole,dl._own = dl._own,copy.copy(dl._own)
     dl._own.epoch = lambda seed,start=0: deal(whole.epoch(seed,start))
+    dl._parallel = lambda idxs,seed,i: DataLoader._parallel(dl, idxs, seed+shift, i)
     return dl
 
 def _ours(dl): return getattr(dl,'_own',None) is not None
@@ -126,7 +127,7 @@ def _gather(o):
     dist.all_gather_object(box, o)
     return box
 
-# %% ../nbs/10_distributed.ipynb #e62831e7
+# %% ../nbs/10_distributed.ipynb #3ab941f3
 def _leave(run, cbs):
     "Take the hooks of some callbacks out of `run`"
     for h in Callback.hooks:
@@ -159,7 +160,7 @@ def before_fit(self:Distributed, run):
     run.after_batch.append(self.meet)
     run.after_epoch.append(self.meet)
     self.by_rows = _by_rows(run)
-    if self.by_rows: run.train_dl = _dealt(run.train_dl, self.rows)
+    if self.by_rows: run.train_dl = _dealt(run.train_dl, self.rows, self.rank*10**6)
     self.ddp = isinstance(run.model, DDP)
     by_ddp = not run.others() and not any(isinstance(cb, Accumulate) for cb in run.cbs)
     if self.ddp: run.model.require_backward_grad_sync = by_ddp
@@ -245,7 +246,7 @@ def evaluate(self:Distributed, model, loss_func, dl, metrics, count):
         kept = [pair for turn in turns for pair in turn if pair is not None]
     return _figures(metrics, means, kept)
 
-# %% ../nbs/10_distributed.ipynb #3e3b1a85
+# %% ../nbs/10_distributed.ipynb #96ef5f17
 _key = 'minibatch: the first process to fail'
 def _store(): return dist.distributed_c10d._get_default_store()
 
@@ -254,7 +255,7 @@ def after_fit(self:Distributed, run):
     "If this process fails, leave word for the others; if it waited in vain, say for whom"
     if self.ddp: run.model.require_backward_grad_sync = True
     e = sys.exc_info()[1]
-    if e is self.outer: return
+    if self.world==1 or e is self.outer: return
     in_vain = isinstance(e, RuntimeError) and any(k in str(e) for k in ('gloo/', 'NCCL'))
     first = ''
     try:
