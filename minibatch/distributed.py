@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['share', 'join_group', 'Distributed']
 
-# %% ../nbs/10_distributed.ipynb #35c32617
+# %% ../nbs/10_distributed.ipynb #114e932d
 import atexit, copy, itertools, operator, os, sys, zlib
 import numpy as np, torch, torch.distributed as dist
 from collections import deque
 from datetime import timedelta
+from threading import Thread
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._pytree import tree_leaves, tree_map
@@ -246,9 +247,21 @@ def evaluate(self:Distributed, model, loss_func, dl, metrics, count):
         kept = [pair for turn in turns for pair in turn if pair is not None]
     return _figures(metrics, means, kept)
 
-# %% ../nbs/10_distributed.ipynb #96ef5f17
+# %% ../nbs/10_distributed.ipynb #4325e4f9
 _key = 'minibatch: the first process to fail'
 def _store(): return dist.distributed_c10d._get_default_store()
+
+def _first(mine=None):
+    "Who failed first, by the store: asked by a thread, as the cable to it may be cut"
+    said = ['']
+    def ask():
+        try:
+            if mine: _store().compare_set(_key, '', mine)
+            elif _store().check([_key]): said.append(_store().get(_key).decode())
+        except RuntimeError: pass            # the store has ended, too
+    t = Thread(target=ask, daemon=True)
+    t.start(); t.join(5)
+    return said[-1]
 
 @patch
 def after_fit(self:Distributed, run):
@@ -257,12 +270,7 @@ def after_fit(self:Distributed, run):
     e = sys.exc_info()[1]
     if self.world==1 or e is self.outer: return
     in_vain = isinstance(e, RuntimeError) and any(k in str(e) for k in ('gloo/', 'NCCL'))
-    first = ''
-    try:
-        if not in_vain: _store().compare_set(_key, '', f'{self.rank} ({type(e).__name__}: {e})')
-        elif _store().check([_key]): first = _store().get(_key).decode()
-    except RuntimeError: pass            # process 0 kept it, and has ended
-    if in_vain: raise RuntimeError(
-        f'process {self.rank} cannot go on: ' + (f'process {first} has failed' if first else
-        'another one was killed, hangs, or does something else. Look for its own error. '
-        'Started again, a Checkpoint goes on')) from e
+    if not in_vain: return _first(f'process {self.rank} has failed ({type(e).__name__}: {e})')
+    why = _first() or ('another one was killed, hangs, or does something else. Look for its own '
+                       'error. Started again, a Checkpoint goes on')
+    raise RuntimeError(f'process {self.rank} cannot go on: {why}') from e

@@ -19,3 +19,8 @@ def bare(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path/'cache'))                # for programs that a test starts
     monkeypatch.setattr('pooch.os_cache', lambda project: tmp_path/'cache'/project)
     return tmp_path/'cache'/'minibatch'
+
+def pytest_configure(config): config.addinivalue_line('markers', 'kills: takes minutes; only with `pytest -m kills`')
+
+def pytest_collection_modifyitems(config, items):
+    if 'kills' not in config.getoption('-m'): items[:] = [i for i in items if not i.get_closest_marker('kills')]
