@@ -21,10 +21,10 @@ from .training import _figures, _sums, _what
 from .callbacks import Accumulate
 from fastcore.basics import patch
 
-# %% ../nbs/10_distributed.ipynb #15754a27
+# %% ../nbs/10_distributed.ipynb #6239eca2
 def share(f, # called by process 0 alone
           *args # what it is called with
-         ): # for every process: what `f(*args)` gave, which can be pickled
+         ): # for every process: what `f(*args)` gave (something that can be pickled)
     "Do something once, for all processes; an error is raised in all of them, too"
     if not dist.is_initialized(): return f(*args)
     box = [None,None]
@@ -39,52 +39,43 @@ def _in_step(dl):
     "Give every process the random states of process 0"
     _set_rng(share(_get_rng, dl), dl)
 
-# %% ../nbs/10_distributed.ipynb #3517a86b
+# %% ../nbs/10_distributed.ipynb #6ad3d3b7
 def join_group(timeout:float=300 # seconds to wait for another process before that is an error
               )->torch.device: # where this process should train
     "Become one of the processes that `torchrun` has started; without it, stay alone"
     cuda,local = torch.cuda.is_available(),int(os.environ.get('LOCAL_RANK', 0))
     if cuda: torch.cuda.set_device(local)
     if 'RANK' in os.environ and not dist.is_initialized():
-        wait,alone = timedelta(seconds=timeout),os.environ.get('GROUP_WORLD_SIZE', '1')=='1'
+        wait = timedelta(seconds=timeout)
         store,rank,world = next(dist.rendezvous('env://', timeout=wait))
-        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if alone else 0
-        store = dist.PrefixStore(f'attempt {attempt}', store)     # nothing of those that died
+        one_machine = os.environ.get('GROUP_WORLD_SIZE', '1')=='1'
+        attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if one_machine else None
         dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=wait,
-                                store=store, rank=rank, world_size=world)
+                                store=dist.PrefixStore(f'attempt {attempt}', store),
+                                rank=rank, world_size=world)
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-        if rank: sys.stdout = open(os.devnull, 'w')      # one voice is enough
+        if rank: sys.stdout = open(os.devnull, 'w')                 # one voice is enough
         _in_step(None)
     return torch.device('cuda', local) if cuda else torch.device('cpu')
 
-# %% ../nbs/10_distributed.ipynb #70b634f6
+# %% ../nbs/10_distributed.ipynb #a4f973f2
 class Distributed(Callback):
-    "Trains in each process of a group what one process would train: same figures, same weights"
-    order = -15        # Accumulate has decided on the update; AMP, ClipGrad see the whole gradient
+    "Trains in several processes what one would train: the same figures, the same weights"
+    order = -15                  # after Accumulate, and before AMP and ClipGrad
     world,ddp,outer = 1,False,None
-    def part(self, n): return n*self.rank//self.world, n*(self.rank+1)//self.world
+    def part(self, n): # where our part of `n` rows begins, and ends
+        return n*self.rank//self.world,n*(self.rank+1)//self.world
     def rows(self, order): # an epoch of batches of indices
-        "Our part of each; of an empty part a row that will weigh nothing, to go along"
+        "Our part of each; for an empty part one row, which will weigh nothing"
         self.sizes.clear()
         for i in order:
             lo,hi = self.part(len(i))
             self.sizes.append((hi-lo, len(i)))
             yield i[lo:hi] if lo<hi else i[:1]
-    def take(self, run):
-        "Cut our part out of a batch that has been loaded whole, and weigh it"
-        leaves = tree_leaves((run.xb,run.yb))
-        sizes = {len(t) if getattr(t,'ndim',0) else 0 for t in leaves}
-        if len(sizes)>1 or 0 in sizes: raise ValueError(
-            'Distributed deals out rows: expected tensors of the same length, got '
-            f'{", ".join(map(_what, leaves))}')
-        lo,hi = self.part(*sizes)
-        rows = slice(lo,hi) if lo<hi else slice(1)
-        run.xb,run.yb = tree_map(lambda t: t[rows], (run.xb,run.yb))
-        return hi-lo if run.count is len or lo==hi else float(run.count(run.yb))
 
-# %% ../nbs/10_distributed.ipynb #652b7992
+# %% ../nbs/10_distributed.ipynb #e6ae8f2a
 def _dealt(dl, deal, shift=0):
-    "Our loader, that fetches only what `deal` leaves of an epoch; workers draw by other seeds"
+    "Our loader, that fetches only what `deal` leaves of an epoch; workers get other seeds"
     dl = copy.copy(dl)
     whole,dl._own = dl._own,copy.copy(dl._own)
     dl._own.epoch = lambda seed,start=0: deal(whole.epoch(seed,start))
@@ -94,27 +85,126 @@ def _dealt(dl, deal, shift=0):
 def _ours(dl): return getattr(dl,'_own',None) is not None
 
 def _by_rows(run):
-    "May a process load its rows alone? Not if loading draws random numbers here, or rows differ"
+    "Can a process load its rows alone?"
     dl = run.train_dl
     if not _ours(dl) or dl.transform or run.count is not len: return False
-    return dl.num_workers>0 or bool(_Fetcher(*dl._how()).get)
+    return dl.num_workers>0 or bool(_Fetcher(*dl._how()).get)       # workers, or a mere gather
 
-# %% ../nbs/10_distributed.ipynb #ecfd4d1d
+@patch
+def take(self:Distributed, run):
+    "Cut our part out of a batch that is there as a whole; its weight"
+    leaves = tree_leaves((run.xb,run.yb))
+    sizes = {len(t) if getattr(t,'ndim',0) else 0 for t in leaves}
+    if len(sizes)>1 or 0 in sizes: raise ValueError(
+        'Distributed deals out rows: expected tensors of the same length, got '
+        f'{", ".join(map(_what, leaves))}')
+    lo,hi = self.part(*sizes)
+    rows = slice(lo,hi) if lo<hi else slice(1)
+    run.xb,run.yb = tree_map(lambda t: t[rows], (run.xb,run.yb))
+    return hi-lo if run.count is len or lo==hi else float(run.count(run.yb))
+
+# %% ../nbs/10_distributed.ipynb #5474a0c8
+@patch
+def before_batch(self:Distributed, run):
+    if self.by_rows: n,run.n = self.sizes.popleft()
+    else: n = self.take(run)
+    self.weight,gpus = n/run.n,[run.device] if run.device.type=='cuda' else []
+    self.own_rng = torch.random.fork_rng(gpus)
+    self.own_rng.__enter__()
+    torch.manual_seed(hash((torch.initial_seed(), run.epoch, run.batch, self.rank))%2**63)
+
+@patch
+def after_batch(self:Distributed, run): self.own_rng.__exit__(None, None, None)
+
+# %% ../nbs/10_distributed.ipynb #683de622
+@patch
+def before_backward(self:Distributed, run):
+    if not self.weight:
+        outs = [t for t in tree_leaves(run.preds) if getattr(t,'requires_grad',False)]
+        run.loss = sum(t.sum() for t in outs)*0
+    run.scale *= self.weight if self.by_hand else self.weight*self.world
+
+@patch
+def after_backward(self:Distributed, run):
+    if run.update and self.by_hand: _sum_grads([p for p in run.params() if p.requires_grad])
+
+def _sum_grads(ps):
+    "Add up the gradients of all processes; what nobody has a gradient for stays without"
+    has = torch.tensor([float(p.grad is not None) for p in ps]).to(ps[0])
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in ps]
+    flat = torch.cat([has, *(g.reshape(-1) for g in grads)])
+    dist.all_reduce(flat)
+    has,*grads = flat.split([len(ps), *(p.numel() for p in ps)])
+    for p,g,some in zip(ps, grads, has.tolist()):
+        p.grad = g.view_as(p).to(p.dtype) if some else None
+
+# %% ../nbs/10_distributed.ipynb #aa84796a
+@patch
+def mean(self:Distributed, figures):
+    "The means over the whole batch"
+    v = torch.stack([torch.as_tensor(f, device=self.device).double() for f in figures])
+    v = v*self.weight if self.weight else torch.zeros_like(v)          # it may be nan
+    dist.all_reduce(v)
+    return [*v]
+
+def _gather(o):
+    "The `o` of each process, for all"
+    box = [None]*dist.get_world_size()
+    dist.all_gather_object(box, o)
+    return box
+
+@patch
+def evaluate(self:Distributed, model, loss_func, dl, metrics, count):
+    "As `evaluate`, but the processes take turns at the batches"
+    def turns(batches): return itertools.islice(batches, self.rank, None, self.world)
+    if self.ddp: model = model.module                # alone: it need not wait for the others
+    mine = _dealt(dl, turns) if _ours(dl) else turns(dl)
+    means,kept = _sums(model, loss_func, mine, metrics, count)
+    means.read()
+    sums = means.sums or [0.]*(1+len(metrics))
+    v = torch.tensor([means.n, means.batches, *sums], dtype=torch.float64)
+    dist.all_reduce(v)
+    means.n,means.batches,*means.sums = v.tolist()
+    if any(isinstance(m, whole) for m in metrics):
+        kept = [p for turn in itertools.zip_longest(*_gather(kept)) for p in turn if p]
+    return _figures(metrics, means, kept)
+
+# %% ../nbs/10_distributed.ipynb #012a57f2
+@patch
+def meet(self:Distributed, run):
+    "After a batch, or an epoch: if one stops, all stop; else all go on, or none"
+    more = run.stop or bool(run.batches)
+    v = torch.tensor([run.stop, more, not more], dtype=torch.int32)
+    dist.all_reduce(v, dist.ReduceOp.MAX)
+    run.stop = bool(v[0])
+    if not run.stop and v[1] and v[2]: raise ValueError(
+        f'process {self.rank} has {"more" if more else "no more"} batches in epoch '
+        f'{run.epoch+1} after {run.batch}, but others do not agree: give all the same data')
+    if run.stop or not more:
+        for b in run.model.buffers(): dist.broadcast(b, 0)
+
+@patch
+def before_epoch(self:Distributed, run):
+    _in_step(run.train_dl)
+    lrs = share(lambda: [g['lr'] for g in run.opt.param_groups])
+    for g,lr in zip(run.opt.param_groups, lrs): g['lr'] = lr
+
+# %% ../nbs/10_distributed.ipynb #d3f0a2c1
 def _checksum(o):
     "One number for all tensors, arrays, numbers and strings in `o`"
     s = 0
     for v in tree_leaves(o):
-        if isinstance(v, Tensor): v = v.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        if isinstance(v, Tensor): v = v.detach().cpu().reshape(-1).view(torch.uint8).numpy()
         elif isinstance(v, (str,int,float)): v = np.frombuffer(repr(v).encode(), np.uint8)
-        if isinstance(v, (Tensor,np.ndarray)): s = zlib.crc32(np.ascontiguousarray(v), s)
+        if isinstance(v, np.ndarray): s = zlib.crc32(np.ascontiguousarray(v), s)
     return s
 
 def _some(dl):
-    "Up to 50 of the examples (or batches) behind a loader, if it has any that can be looked at"
+    "Up to 50 of the examples behind a loader, or of its batches, if one can look at them"
     ds = getattr(dl,'dataset',dl)
     looks = hasattr(ds,'__getitem__') and not isinstance(ds, IterableDataset)
     n = operator.length_hint(ds, 0) if looks else 0
-    return [ds[i] for i in {*range(0, n, -(-n//49) or 1), n-1} if i>=0]
+    return [ds[i] for i in range(0, n, -(-n//49) or 1)] + [ds[n-1]]*(n>0)
 
 def _about(run):
     "What should be the same in all processes"
@@ -123,12 +213,23 @@ def _about(run):
             'validation data': _checksum(_some(run.valid_dl)),
             'batches per epoch': operator.length_hint(run.train_dl, -1), 'table': run.columns}
 
-def _gather(o):
-    box = [None]*dist.get_world_size()
-    dist.all_gather_object(box, o)
-    return box
+def _check(run):
+    "Refuse what is not one run in several processes"
+    for dl in run.train_dl,run.valid_dl:
+        if any(isinstance(o, DistributedSampler) for o in _owners(dl)): raise ValueError(
+            'There is a DistributedSampler in the loader: leave it out, as Distributed deals '
+            'out the batches of a loader for one process')
+        _in_step(dl)
+    rng = _get_rng(run.train_dl)                 # to look at examples may draw random numbers
+    each = _gather(_about(run))
+    _set_rng(rng, run.train_dl)
+    for k in each[0]:
+        values = [a[k] for a in each]
+        if any(v!=values[0] for v in values): raise ValueError(
+            f'The processes differ in their {k} ({values}): each should run the same script '
+            'with all of the data, and no seed of its own, after join_group()')
 
-# %% ../nbs/10_distributed.ipynb #3ab941f3
+# %% ../nbs/10_distributed.ipynb #0ae14b05
 def _leave(run, cbs):
     "Take the hooks of some callbacks out of `run`"
     for h in Callback.hooks:
@@ -144,110 +245,18 @@ def before_fit(self:Distributed, run):
     self.device,self.sizes,self.outer = run.device,deque(),sys.exc_info()[1]
     if self.rank: _leave(run, [cb for cb in run.cbs if isinstance(cb, Progress)])
     else: _store().set(_key, '')
-    for dl in run.train_dl,run.valid_dl:
-        if any(isinstance(o, DistributedSampler) for o in _owners(dl)): raise ValueError(
-            'There is a DistributedSampler in the loader: leave it out, as Distributed deals '
-            'out the batches of a loader for one process')
-        _in_step(dl)
-    rng = _get_rng(run.train_dl)     # to look at examples may draw random numbers
-    each = _gather(_about(run))
-    _set_rng(rng, run.train_dl)
-    for k in each[0]:
-        values = [a[k] for a in each]
-        if any(v!=values[0] for v in values): raise ValueError(
-            f'The processes differ in their {k} ({values}): each should run the same script '
-            'with all of the data and no seed of its own, after join_group()')
+    _check(run)
     run.rank,run.share,run.mean,run.evaluate = self.rank,share,self.mean,self.evaluate
-    run.after_batch.append(self.meet)
+    run.after_batch.append(self.meet)            # when the other callbacks are done
     run.after_epoch.append(self.meet)
     self.by_rows = _by_rows(run)
     if self.by_rows: run.train_dl = _dealt(run.train_dl, self.rows, self.rank*10**6)
     self.ddp = isinstance(run.model, DDP)
-    by_ddp = not run.others() and not any(isinstance(cb, Accumulate) for cb in run.cbs)
-    if self.ddp: run.model.require_backward_grad_sync = by_ddp
-    self.by_hand = not (self.ddp and by_ddp)
+    accumulates = any(isinstance(cb, Accumulate) for cb in run.cbs)
+    self.by_hand = not self.ddp or accumulates or bool(run.others())
+    if self.ddp: run.model.require_backward_grad_sync = not self.by_hand
 
-# %% ../nbs/10_distributed.ipynb #4d830089
-@patch
-def before_epoch(self:Distributed, run):
-    _in_step(run.train_dl)
-    lrs = share(lambda: [g['lr'] for g in run.opt.param_groups])
-    for g,lr in zip(run.opt.param_groups, lrs): g['lr'] = lr
-
-@patch
-def before_batch(self:Distributed, run):
-    if self.by_rows: n,run.n = self.sizes.popleft()
-    else: n = self.take(run)
-    self.weight = n/run.n
-    self.fork = torch.random.fork_rng([run.device] if run.device.type=='cuda' else [])
-    self.fork.__enter__()
-    torch.manual_seed(hash((torch.initial_seed(), run.epoch, run.batch, self.rank))%2**63)
-
-@patch
-def after_batch(self:Distributed, run): self.fork.__exit__(None, None, None)
-
-# %% ../nbs/10_distributed.ipynb #2aeae882
-@patch
-def before_backward(self:Distributed, run):
-    if not self.weight:
-        outs = [t for t in tree_leaves(run.preds) if getattr(t,'requires_grad',False)]
-        run.loss = sum(t.sum() for t in outs)*0
-    run.scale *= self.weight if self.by_hand else self.weight*self.world   # DDP takes the mean
-
-@patch
-def after_backward(self:Distributed, run):
-    if run.update and self.by_hand: _sum_grads([p for p in run.params() if p.requires_grad])
-
-def _sum_grads(ps):
-    "Add up the gradients of all processes; what nobody has a gradient for stays without"
-    has = torch.tensor([p.grad is not None for p in ps], dtype=ps[0].dtype, device=ps[0].device)
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in ps]
-    flat = torch.cat([has, *(g.reshape(-1) for g in grads)])
-    dist.all_reduce(flat)
-    has,*grads = flat.split([len(ps), *(p.numel() for p in ps)])
-    for p,g,some in zip(ps, grads, has.tolist()):
-        p.grad = g.view_as(p).to(p.dtype) if some else None
-
-# %% ../nbs/10_distributed.ipynb #aeb43fd8
-@patch
-def mean(self:Distributed, figures):
-    "The means over the whole batch"
-    v = [torch.as_tensor(f, dtype=torch.float64, device=self.device) for f in figures]
-    v = torch.stack(v)*self.weight if self.weight else torch.zeros(len(v)).to(v[0])
-    dist.all_reduce(v)
-    return [*v]
-
-@patch
-def meet(self:Distributed, run):
-    "After a batch, or an epoch: if one stops, all stop; and all go on, or none"
-    more = run.stop or bool(run.batches)
-    v = torch.tensor([run.stop, more, not more], dtype=torch.int32)
-    dist.all_reduce(v, dist.ReduceOp.MAX)
-    run.stop = bool(v[0])
-    if not run.stop and v[1] and v[2]: raise ValueError(
-        f'process {self.rank} has {"more" if more else "no more"} batches in epoch '
-        f'{run.epoch+1} after {run.batch}, but others do not agree: give all the same data')
-    if run.stop or not more:
-        for b in run.model.buffers(): dist.broadcast(b, 0)      # BatchNorm's, of process 0
-
-@patch
-def evaluate(self:Distributed, model, loss_func, dl, metrics, count):
-    "As `evaluate`, but each process takes its turn at a batch"
-    def turns(batches): return itertools.islice(batches, self.rank, None, self.world)
-    if self.ddp: model = model.module                # alone: it need not wait for the others
-    mine = _dealt(dl, turns) if _ours(dl) else turns(dl)
-    means,kept = _sums(model, loss_func, mine, metrics, count)
-    means.read()
-    sums = means.sums or [0.]*(1+len(metrics))
-    v = torch.tensor([means.n, means.batches, *sums], dtype=torch.float64)
-    dist.all_reduce(v)
-    means.n,means.batches,*means.sums = v.tolist()
-    if any(isinstance(m, whole) for m in metrics):
-        turns = itertools.zip_longest(*_gather(kept))
-        kept = [pair for turn in turns for pair in turn if pair is not None]
-    return _figures(metrics, means, kept)
-
-# %% ../nbs/10_distributed.ipynb #4325e4f9
+# %% ../nbs/10_distributed.ipynb #ce007820
 _key = 'minibatch: the first process to fail'
 def _store(): return dist.distributed_c10d._get_default_store()
 
@@ -258,9 +267,10 @@ def _first(mine=None):
         try:
             if mine: _store().compare_set(_key, '', mine)
             elif _store().check([_key]): said.append(_store().get(_key).decode())
-        except RuntimeError: pass            # the store has ended, too
+        except RuntimeError: pass                # the store has ended, too
     t = Thread(target=ask, daemon=True)
-    t.start(); t.join(5)
+    t.start()
+    t.join(5)
     return said[-1]
 
 @patch
@@ -271,6 +281,6 @@ def after_fit(self:Distributed, run):
     if self.world==1 or e is self.outer: return
     in_vain = isinstance(e, RuntimeError) and any(k in str(e) for k in ('gloo/', 'NCCL'))
     if not in_vain: return _first(f'process {self.rank} has failed ({type(e).__name__}: {e})')
-    why = _first() or ('another one was killed, hangs, or does something else. Look for its own '
-                       'error. Started again, a Checkpoint goes on')
+    why = _first() or ('another one was killed, hangs, or does something else. Look for its '
+                       'own error. Started again, a Checkpoint goes on')
     raise RuntimeError(f'process {self.rank} cannot go on: {why}') from e
