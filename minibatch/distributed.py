@@ -189,7 +189,7 @@ def before_epoch(self:Distributed, run):
     lrs = share(lambda: [g['lr'] for g in run.opt.param_groups])
     for g,lr in zip(run.opt.param_groups, lrs): g['lr'] = lr
 
-# %% ../nbs/10_distributed.ipynb #d3f0a2c1
+# %% ../nbs/10_distributed.ipynb #3f4989a1
 def _checksum(o):
     "One number for all tensors, arrays, numbers and strings in `o`"
     s = 0
@@ -200,11 +200,11 @@ def _checksum(o):
     return s
 
 def _some(dl):
-    "Up to 50 of the examples behind a loader, or of its batches, if one can look at them"
+    "About 50 of the examples behind a loader, or of its batches, if one can look at them"
     ds = getattr(dl,'dataset',dl)
     looks = hasattr(ds,'__getitem__') and not isinstance(ds, IterableDataset)
     n = operator.length_hint(ds, 0) if looks else 0
-    return [ds[i] for i in range(0, n, -(-n//49) or 1)] + [ds[n-1]]*(n>0)
+    return [ds[i] for i in {*range(0, n, n//49 or 1), *range(n)[-1:]}]
 
 def _about(run):
     "What should be the same in all processes"

@@ -89,7 +89,7 @@ def case(name, dtype):
     elif name=='stream': add(train_dl=Stream(dtype), valid_dl=Stream(dtype))
     elif name=='small batches': add(**dls(dtype, bs=1, n=20))
     elif name=='one batch to validate': add(valid_dl=[data(30, 5, dtype)])
-    elif name=='dict': add(model=Named().to(dtype), train_dl=NamedDl(dtype), valid_dl=NamedDl(dtype))
+    elif name=='dict': add(model=Named().to(dtype), train_dl=NamedDl(dtype), valid_dl=NamedDl(dtype), opt=dict(weight_decay=0.1))
     elif name.endswith('own loss'): add(loss_func=Margin().to(dtype))
     elif name not in ('plain','ddp','ddp, accumulate'): raise ValueError(name)
     if name=='ddp, accumulate': add(Accumulate(3))
@@ -210,6 +210,26 @@ def test_each_process_drops_others_but_draws_the_same_order(groups):
     (a,after),(b,same) = groups[2](draws, 0.5)
     assert not [x for x in a if x in b] and len({*map(str, a)})==len(a)
     assert after.equal(same)
+
+class Seen(Callback):
+    "The inputs of the batches"
+    def __init__(self): self.rows = []
+    def before_batch(self, run): self.rows.append(run.xb[0].clone())
+
+class Drawn(torch.utils.data.Dataset):
+    def __len__(self): return 16
+    def __getitem__(self, i): return torch.rand(6),i%3
+
+def worker_draws():
+    torch.manual_seed(7)
+    s,model = Seen(),net()
+    dl = DataLoader(Drawn(), 8, num_workers=1, multiprocessing_context='fork')
+    fit(1, model, F.cross_entropy, SGD(model.parameters(), lr=0.1), dl, cbs=[s, Distributed()], progress=False)
+    return s.rows
+
+def test_workers_of_other_processes_draw_other_numbers(groups):
+    a,b = groups[2](worker_draws)
+    assert len(a)==2 and all(len(x)==len(y)==4 and not x.equal(y) for x,y in zip(a,b))
 
 def batchnorm(valid):
     torch.manual_seed(7)
@@ -353,6 +373,17 @@ def one_stops(rank):
 
 @pytest.mark.parametrize('rank', [0,1])
 def test_one_stops_all_stop(groups, rank): assert groups[2](one_stops, rank)==[1,1]
+
+def one_lr(rank):
+    def change(run): run.opt.param_groups[0]['lr'] = 0.5
+    lrs = []
+    class Note(Callback):
+        def after_epoch(self, run): lrs.append(run.lr)
+    train(cbs=[Note(), On(rank, change)], epochs=3)
+    return lrs
+
+def test_the_learning_rate_is_that_of_process_0(groups):
+    assert groups[2](one_lr, 0)==[[0.1,0.5,0.5],[0.1,0.1,0.5]] and groups[2](one_lr, 1)==[[0.1,0.1,0.1],[0.1,0.5,0.1]]
 
 def test_without_join_group_it_is_an_error(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
