@@ -213,6 +213,18 @@ def test_each_process_drops_others_but_draws_the_same_order(groups):
     assert not [x for x in a if x in b] and len({*map(str, a)})==len(a)
     assert after.equal(same)
 
+def turns(dl):
+    "How many batches of validation this process has looked at, beside the trial at the start"
+    calls = []
+    def metric(preds, yb): calls.append(len(yb)); return 0.
+    model = net()
+    fit(1, model, F.cross_entropy, SGD(model.parameters(), lr=0.1), **dls(torch.float32) | (dict(valid_dl=[data(7)]*5) if dl=='list' else {}),
+        metrics=metric, cbs=Distributed(), progress=False)
+    return len(calls)-1
+
+@pytest.mark.parametrize('dl', ['ours','list'])
+def test_validation_is_dealt_out(groups, dl): assert groups[2](turns, dl)==[3,2]
+
 class Seen(Callback):
     "The inputs of the batches"
     def __init__(self): self.rows = []
@@ -491,7 +503,7 @@ def final(folder): return torch.load(folder/'final.pt', weights_only=True)
 def run_in(folder, *args, **kw):
     folder.mkdir(exist_ok=True)
     (folder/'program.py').write_text(KILLED)
-    p = torchrun('--max-restarts=3', 'program.py', *args, cwd=folder, **kw)
+    p = torchrun('--max-restarts=1', 'program.py', *args, cwd=folder, **kw)
     assert p.returncode==0, p.stderr
     return p
 
