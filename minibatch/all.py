@@ -10,4 +10,5 @@ from .data import *
 from .training import *
 from .callbacks import *
 from .checkpoint import *
+from .distributed import *
 from .compiled import *

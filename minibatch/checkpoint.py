@@ -174,12 +174,17 @@ class Checkpoint(Callback):
         if why := _unfit(run, self.path): raise ValueError(why)
         self.about,self.start,self.due,self.late = _about(run),None,0.,False
         self.lrs = _lrs(run)          # with which the program begins
+        state = run.share(lambda: self.find(run))
+        if state: self.resume(run, state)
+    def find(self, run):
+        "What an earlier run has left in the file, if there is one"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists(): return self.resume(run, _read(self.path))
+        if self.path.exists(): return _read(self.path)
         self.save(run)                # a trial
         try: _read(self.path)
         finally: self.path.unlink()
     def after_batch(self, run):       # batch 0 is the end of an epoch
+        if run.rank: return           # of several processes, one writes
         due = run.batch%self.every==0 if self.every else time.monotonic()>=self.due
         self.late = self.late or due or run.stop or run.epoch==run.epochs
         # only after a finished step, and where the loader is at this batch, not elsewhere

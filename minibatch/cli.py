@@ -24,6 +24,7 @@ from .optim import SGD
 from .data import Dataset, get_dls
 from .training import fit, predict, Callback, History
 from .checkpoint import Checkpoint
+from .distributed import Distributed, join_group, share
 
 # %% ../nbs/13_cli.ipynb #ffe41ba5
 _defaults = dict(dataset='digits', model='mlp', epochs=None, bs=64, lr=0.05, momentum=0.9,
@@ -241,8 +242,11 @@ def train(
     "Train a small network on handwriting; leave its weights and a report in a folder"
     given = {k: v for k,v in locals().items() if k not in ('out', 'resume')}
     out,times = Path(out),Times()
-    _check_folder(out, resume)
-    config = _read_config(out/'config.json') if resume else {}
+    join_group()                 # under torchrun (lesson 10); process 0 looks and writes for all
+    again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')!='0'
+    resume = resume or again and share((out/'config.json').exists)
+    share(_check_folder, out, resume)
+    config = share(_read_config, out/'config.json') if resume else {}
     s = _settings(given, config)
     device = _device(s['device'])
     out.mkdir(parents=True, exist_ok=True)     # if it cannot be made, say so before training
@@ -256,22 +260,24 @@ def train(
     opt = SGD(net.parameters(), lr=s['lr'], momentum=s['momentum'])
     history,checkpoint = History(),Checkpoint(out/'checkpoint')
     if not resume:
-        for f in 'checkpoint', *_results: (out/f).unlink(missing_ok=True)
+        for f in 'checkpoint', *_results: share((out/f).unlink, True)
     elif not checkpoint.path.exists():
         print(f'the run in {out} was ended before its first checkpoint: beginning anew')
     def write(path): path.write_text(json.dumps(s, indent=1))
-    if s['epochs']>=config.get('epochs', 0): _put(out/'config.json', write)
+    if s['epochs']>=config.get('epochs', 0): share(_put, out/'config.json', write)
     times.mark('reading the images')
-    cbs = [times, history, checkpoint]
+    cbs = [times, history, checkpoint, Distributed()]
     try: fit(s['epochs'], net, cross_entropy, opt, train_dl, valid_dl, cbs=cbs)
     except KeyboardInterrupt:
         print(f'minibatch: interrupted; --resume --out {out} goes on', file=sys.stderr)
         return 130
     done = len(history.rows)
     if done>s['epochs']: raise ValueError(f"--epochs is {s['epochs']}, but {done} are done")
-    _put(out/'config.json', write)
-    preds = predict(net, valid_dl).cpu()
-    _save_results(out, net, preds, data, history, s | dict(device=str(device)), times)
+    share(_put, out/'config.json', write)
+    def save():
+        preds = predict(net, valid_dl).cpu()
+        _save_results(out, net, preds, data, history, s | dict(device=str(device)), times)
+    share(save)
     print(f"accuracy {history.rows[-1]['accuracy']:.4f} on the validation images; "
           f"{', '.join(_results)} and config.json are in {out}{os.sep}")
     return 0

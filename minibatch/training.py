@@ -136,6 +136,22 @@ class whole:
         return float(*_score([self.f], *map(_cat, zip(*kept))))
 
 # %% ../nbs/07_fit.ipynb #f14eval
+def _sums(model, loss_func, dl, metrics, count):
+    "Sums of the figures over the batches of `dl`, and what `whole` metrics need of them"
+    means,kept,any_whole = _Means(),[],any(isinstance(m, whole) for m in metrics)
+    with _eval_mode(model) as device:
+        for batch in dl:
+            xb,yb,n = _unpack(batch, model, device, count)
+            if not n: continue
+            preds = _forward(model, xb)
+            means.add([*_score([loss_func,*metrics], preds, yb)], n)
+            if any_whole: kept.append(tree_map_only(Tensor, Tensor.cpu, (preds,yb)))
+    return means,kept
+
+def _figures(metrics, means, kept):
+    loss,*values = means()
+    return loss,*(m.of(kept) if isinstance(m, whole) else v for m,v in zip(metrics, values))
+
 def evaluate(model:nn.Module, # is in `eval` mode meanwhile
              loss_func, # `loss_func(preds, yb)`: the mean over the batch
              dl, # loader, or any iterable of batches: inputs first, target last
@@ -143,17 +159,8 @@ def evaluate(model:nn.Module, # is in `eval` mode meanwhile
              count=len # the weight of these means, `count(yb)`; a batch of 0 counts for nothing
             )->tuple: # `(loss, *metrics)` as floats, as if all of `dl` were one batch
     "Loss and metrics over a whole set, whatever the sizes of its batches"
-    metrics,means,kept = _list(metrics),_Means(),[]
-    wholes = [isinstance(m, whole) for m in metrics]
-    with _eval_mode(model) as device:
-        for batch in dl:
-            xb,yb,n = _unpack(batch, model, device, count)
-            if not n: continue
-            preds = _forward(model, xb)
-            means.add([*_score([loss_func,*metrics], preds, yb)], n)
-            if any(wholes): kept.append(tree_map_only(Tensor, Tensor.cpu, (preds,yb)))
-    loss,*values = means()
-    return loss,*(m.of(kept) if w else v for m,w,v in zip(metrics, wholes, values))
+    metrics = _list(metrics)
+    return _figures(metrics, *_sums(model, loss_func, dl, metrics, count))
 
 # %% ../nbs/07_fit.ipynb #66194511
 def predict(model:nn.Module, # is in `eval` mode meanwhile
@@ -188,6 +195,10 @@ class Callback:
 # %% ../nbs/07_fit.ipynb #6d42d23f
 class Run:
     "All that a running `fit` knows; callbacks read it and may change it"
+    rank = 0                        # of several processes (lesson 10), which is this?
+    evaluate = staticmethod(evaluate)
+    def share(self, f): return f()                  # done once, by process 0, for all
+    def mean(self, figures): return figures         # of all processes' parts of the batch
     def __init__(self, epochs, model, loss_func, opt, train_dl, valid_dl=None, metrics=(),
                  cbs=(), count=len): # as `fit` takes them
         self.epochs,self.model,self.loss_func,self.opt = epochs,model,loss_func,opt
@@ -258,6 +269,7 @@ def measure(self:Run):
     "Count a batch and put its loss aside, and without a validation set its metrics too"
     metrics = self.metrics if self.valid_dl is None else []
     with torch.no_grad(): figures = [self.loss, *_score(metrics, self.preds, self.yb)]
+    self.loss,*_ = figures = self.mean(figures)
     self.means.add(figures, self.n, self.walked)
     self.batch += self.walked
 
@@ -266,7 +278,8 @@ def validate(self:Run):
     "Close an epoch: set `figures`, which `fit` returns, and `row`, a line of the table"
     trained,bad,valid = self.means(),self.means.bad,()
     if self.valid_dl is not None and not bad:
-        valid = evaluate(self.model, self.loss_func, self.valid_dl, self.metrics, self.count)
+        valid = self.evaluate(self.model, self.loss_func, self.valid_dl, self.metrics,
+                              self.count)
         if not math.isfinite(valid[0]): bad = valid[0],'validation'
     if bad: raise RuntimeError(
         f'The loss is {bad[0]} in epoch {self.epoch+1}, {bad[1]}; lr is {self.lr:.4g}. Try a '
@@ -299,7 +312,7 @@ def fit(epochs:int, # passes over the training data
         for f in run.before_fit: f(run)
         _rehearse(run)
         while run.epoch<epochs and not run.stop:
-            run.batches,run.start = train_dl,time.perf_counter()-run.seconds
+            run.batches,run.start = run.train_dl,time.perf_counter()-run.seconds
             for f in run.before_epoch: f(run)
             run.batches = peekable(run.walk(run.batches))
             for run.xb,run.yb,run.n,run.walked in run.batches:
