@@ -6,7 +6,7 @@
 __all__ = ['compiled_step']
 
 # %% ../nbs/12_compile.ipynb #a038eadc
-import inspect, warnings
+import warnings
 import torch
 from copy import deepcopy
 from torch import Tensor
@@ -94,10 +94,11 @@ def _graph(run, options):
         return loss,preds,[]
     cuda = run.device.type=='cuda'
     if cuda and not options: options = dict(mode='reduce-overhead')
-    if 'isolate_recompiles' in inspect.signature(torch.compile).parameters:
-        options = dict(options, isolate_recompiles=True)     # other models do not count here
+    step.__code__ = step.__code__.replace()    # a copy: of one code, PyTorch compiles few versions
     fast = torch.compile(step, fullgraph=True, dynamic=False, **options)
     flat,vals,nums,how = [p.detach() for p in ps],None,None,()
+    if cuda:                                # a CUDA graph may change only what stays where it is
+        for t in *flat,*bufs: torch._dynamo.mark_static_address(t)
     def go(run):
         nonlocal vals,nums,how
         now = [[float(g[k]) for k in _numbers] for g in opt.param_groups] if sgd else []
@@ -118,6 +119,7 @@ def _graph(run, options):
 def _momentum(opt, p):
     s = opt.state[p]
     if s.get('momentum_buffer') is None: s['momentum_buffer'] = torch.zeros_like(p)
+    if p.is_cuda: torch._dynamo.mark_static_address(s['momentum_buffer'])
     return s['momentum_buffer']
 
 # %% ../nbs/12_compile.ipynb #83b0c8d0

@@ -223,12 +223,15 @@ def test_errors_are_those_of_the_eager_step():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 def test_cuda():
+    from torch._dynamo.utils import counters
     def run(step):
         torch.manual_seed(1)
         m = net().cuda(); o = SGD(m.parameters(), lr=0.1, momentum=0.9)
         fit(3, m, cross_entropy, o, DataLoader(data(), 16), progress=False, step=step)
         return m
+    counters['inductor'].clear()              # a step that cannot be a CUDA graph is counted as skipped
     same(run(train_step), run(compiled_step()), tol=1e-4)
+    assert not counters['inductor']['cudagraph_skips']
 
 class Once(Callback):
     "Calls f(run) after batch `n`, and only then"
