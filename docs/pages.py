@@ -170,7 +170,7 @@ def raised(f, seen):
 
 def message(o):
     "The text of an error; what is filled in stands as its name, or as dots"
-    if isinstance(o, ast.JoinedStr): return ''.join(map(message, o.values))
+    if isinstance(o, ast.JoinedStr): return re.sub('…{2,}', '…', ''.join(map(message, o.values)))
     if isinstance(o, ast.BinOp): return message(o.left)+message(o.right)
     if isinstance(o, ast.FormattedValue): return message(o.value)
     if isinstance(o, ast.Name) and o.id[0]!='_': return f'`{o.id}`'

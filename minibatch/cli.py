@@ -185,7 +185,9 @@ def report_html(model:nn.Sequential, # an `mlp` or a `cnn`, trained
     some = order[torch.cat([(cell==c).nonzero()[:24,0] for c in range(n*n)]).sort()[0]]
     near = torch.cat([(y_train==c).nonzero()[:100,0] for c in range(n)])
     layers,say = _net(model, preds, x)
-    run = dict(classes=classes, rows=history.rows, settings=settings, times=times,
+    def number(v): return v if math.isfinite(v) else None        # JSON knows no nan
+    rows = [{k: number(v) for k,v in r.items()} for r in history.rows]
+    run = dict(classes=classes, rows=rows, settings=settings, times=times,
         versions=dict(minibatch=__version__, torch=torch.__version__,
                       python=platform.python_version()),
         accuracy=dict(right=right, n=len(y), low=low, high=high), confusion=table.tolist(),

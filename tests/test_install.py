@@ -22,7 +22,7 @@ def wheel(tmp_path_factory):
 
 def test_the_wheel_holds_the_digits_and_their_licence(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert {'minibatch/digits.npz', 'minibatch/digits.md', 'minibatch/__init__.py', 'minibatch/all.py'} <= set(names)
+    assert {'minibatch/digits.npz', 'minibatch/digits.md', 'minibatch/report.html', 'minibatch/py.typed', 'minibatch/__init__.py', 'minibatch/all.py'} <= set(names)
     assert any(n.endswith('LICENSE') for n in names) and not any(n.startswith(('tests', 'nbs')) for n in names)
 
 def test_the_wheel_works_outside_the_checkout(wheel, tmp_path, bare):

@@ -1,5 +1,5 @@
 "The page of a run: what it says, and its net in a browser, drawn for by mouse and by finger"
-import base64, json, re, shutil, zlib
+import base64, json, math, re, shutil, zlib
 from copy import deepcopy
 from pathlib import Path
 import pytest, torch
@@ -78,6 +78,12 @@ def test_names_cannot_break_the_page(digits):
     classes = ['</script><b>', *'123456789']
     page = report_html(**(digits | dict(classes=classes)))
     assert '</script><b>' not in page and read(page)['classes']==classes
+
+def test_figures_that_are_no_numbers_do_not_lose_the_page(digits):
+    history = deepcopy(digits['history'])
+    history.rows[1].update(train_loss=math.inf, valid_loss=math.nan)
+    rows = read(report_html(**(digits | dict(history=history))))['rows']
+    assert rows[1]['train_loss'] is None and rows[1]['valid_loss'] is None and rows[2]==history.rows[2]
 
 def test_times_adds_up_to_the_clock(monkeypatch):
     now = [0.]
@@ -254,6 +260,31 @@ def test_text_can_be_read_in_light_and_dark(show, digits, scheme):
 @pytest.mark.site
 def test_kmnist_shows_what_to_copy(show, digits):
     kuzushiji = digits | dict(classes=dataset_classes('kmnist'), settings=dict(dataset='kmnist'))
-    page = show(report_html(**kuzushiji))
-    assert page.locator('.copy canvas').count()==30 and page.locator('.copy figcaption').all_inner_texts()==dataset_classes('kmnist')
+    page = show(report_html(**kuzushiji), width=390)
+    assert page.locator('#copy canvas').count()==30 and page.locator('#copy figcaption').all_inner_texts()==dataset_classes('kmnist')
+    assert page.evaluate('document.documentElement.scrollWidth')==390
+    boxes = [f.bounding_box() for f in page.locator('#copy figure').all()]
+    assert not any(a['y']==b['y'] and a['x']+a['width']>b['x'] for a,b in zip(boxes, boxes[1:]))     # none lies over the next
     assert 'CC BY-SA' in page.locator('#credit').inner_text()
+
+@pytest.mark.site
+@pytest.mark.parametrize('width', [390, 1280])
+def test_47_classes_nan_and_a_net_that_is_always_right(show, digits, width):
+    x,y = digits['data'][2:]
+    labels = torch.arange(len(y))%47
+    preds = nn.functional.one_hot(labels, 47)*20.
+    history = deepcopy(digits['history'])
+    history.rows[1].update(train_loss=math.inf, valid_loss=math.nan)
+    classes = ['<script>throw 1</script>', *(f'class number {i}' for i in range(1, 47))]
+    page = show(report_html(mlp(784, 10, 47), preds, (x, labels, x, labels), history, classes), width=width)
+    assert page.evaluate('document.documentElement.scrollWidth')==width
+    assert 'There are none' in page.locator('#mistakes-text').inner_text() and page.locator('#cell-images canvas').count()==7
+    assert page.locator('.bar').count()==47 and page.locator('.bar').first.bounding_box()['height']<30
+    assert 'NaN' not in page.locator('#charts').inner_html()
+    page.locator('summary', has_text='The table').click()
+    assert page.locator('#table td', has_text='no number').count()==2
+    chart = page.locator('.chart svg').first
+    chart.scroll_into_view_if_needed()
+    b = chart.bounding_box()
+    page.mouse.move(b['x']+b['width']*(40+328/(len(history.rows)-1))/380, b['y']+b['height']/2)
+    assert 'valid_loss no number' in page.locator('.chart output').first.inner_text()
