@@ -124,7 +124,7 @@ def test_right_versions_written_otherwise(name, f): pieces[name](f)
 @pytest.mark.parametrize('f,says', [
     (lambda x: None, 'Nothing came back: does it end with `return`?'),
     (lambda x: x.log_softmax(-1).tolist(), 'A list came back, where a Tensor is right'),
-    (lambda x: x.log_softmax(-1).numpy(), 'A ndarray came back, where a Tensor is right'),
+    (lambda x: x.log_softmax(-1).numpy(), 'An ndarray came back, where a Tensor is right'),
     (lambda x: x.log_softmax(-1).double(), 'The dtype is torch.float64, where torch.float32 is right'),
     (lambda x: x.log_softmax(-1)[None], r'The shape is (1, 1, 3), where (1, 3) is right'),
     (lambda: 0, 'It is called as `log_softmax(x)`'), (lambda x, y: x, 'It is called as `log_softmax(x)`'), (3, 'It is called as')])
@@ -147,6 +147,14 @@ def test_two_mistakes_at_once_are_a_guess():
     text = message(check.log_softmax, lambda x: x.log_softmax(0) if x.ndim<3 else x)
     assert 'It looks like what comes out when' in text
     assert 'comes out when' not in message(check.mse, lambda o,t: o.new_tensor(17.25))
+
+def test_options_that_are_ignored_are_not_taken_for_another_mistake():
+    def lost(x, y, weight=None, ignore_index=-100, reduction='mean', label_smoothing=0.):
+        return F.cross_entropy(x, y.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing/2)
+    assert 'too small for a float' not in message(check.cross_entropy, lost)
+    def inner(x): raise NotImplementedError('not implemented for Long')
+    assert 'still to be written' not in message(check.softmax, inner)
+    assert 'The shape is ()' in message(check.softmax, lambda x: x.sum())
 
 def test_options_that_a_version_does_not_take_are_left_out(capsys):
     check.softmax(lambda x: x.softmax(-1))
@@ -188,7 +196,7 @@ def test_a_file_that_is_right_prints_a_lot_and_exits(tmp_path):
     assert len(p.stdout)<2000
 
 def test_wrong_and_json(tmp_path):
-    f = written(tmp_path, SOFTMAX+WRONG+'class SGD:\n    def __init__(self, *args, **kw): raise NotImplementedError("later")\n')
+    f = written(tmp_path, SOFTMAX+WRONG+'class SGD:\n    def __init__(self, *args, **kw): raise NotImplementedError\n')
     p = minibatch('check', f)
     assert p.returncode==1 and p.stdout.count('Read lesson')==1 and '`x.clamp(min=0)`' in p.stdout
     p = minibatch('check', f, '--json')
