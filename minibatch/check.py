@@ -139,7 +139,7 @@ def _diagnose(piece, yours, bad):
             best,why = score,f'{"This is" if sure else "It looks like"} what comes out when {what}{end}'
     return why
 
-# %% ../nbs/a1_check.ipynb #ab765e9f
+# %% ../nbs/a1_check.ipynb #e4d1560a
 def _kind(v):
     name = 'number' if _number(v) else type(v).__name__
     return ('an ' if re.match('[aeiou]|nd', name) else 'a ') + name
@@ -148,8 +148,9 @@ def _form(part, a, b):
     "In which way `a` is of another kind than `b`, or None"
     if isinstance(a, Raised): return
     if a is None: return 'Nothing came back: does it end with `return`?'*(part=='result')
-    if _kind(a)!=_kind(b): return f'What came back is {_kind(a)}, where {_kind(b)} is right.'
-    if not isinstance(b, Tensor): return
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
+        if _kind(a)==_kind(b): return
+        return f'What came back is {_kind(a)}, where {_kind(b)} is right.'
     if a.shape!=b.shape:
         return f'The shape is {tuple(a.shape)}, where {tuple(b.shape)} is right.'
     if a.dtype!=b.dtype: return f'The dtype is {a.dtype}, where {b.dtype} is right.'
@@ -167,7 +168,7 @@ def _show(v, inside=False): # `inside` a list, where there is less room
     dtype = '' if v.dtype in (torch.float32,torch.int64) else f', {v.dtype}'
     return f'{" ".join(text.split())}   shape {tuple(v.shape)}{dtype}'
 
-# %% ../nbs/a1_check.ipynb #563506a1
+# %% ../nbs/a1_check.ipynb #468957ae
 def _check(piece, mine):
     "The number of cases if `mine` is right; else `Wrong`"
     with _untouched():
@@ -181,20 +182,20 @@ def _check(piece, mine):
         a,b = y if isinstance(y, Raised) else y[part],r[part]
         if isinstance(a, Raised) and re.fullmatch(r'NotImplementedError:?( your turn)?', a.text):
             raise Wrong(f'{piece.name} is still to be written: your turn')
-        cases = _cases(piece)
-        hint,*more = {cases[i].pop('hint', '') for i in bad}
-        why = _diagnose(piece, yours, bad) or (not more and hint) or _form(part, a, b)
+        case = _cases(piece)[bad[0]]
+        hint = case.pop('hint', None)
+        why = _diagnose(piece, yours, bad) or hint or _form(part, a, b)
         if not why and isinstance(a, Raised) and a.text.startswith('TypeError') and not a.line:
             why = f'It is called as {piece.calls}.'
     label = '' if part=='result' else f': {part}'
-    rows = {**cases[bad[0]], f'yours{label}':a, f'right{label}':b}
+    rows = {**case, f'yours{label}':a, f'right{label}':b}
     width = max(map(len, rows))
     raise Wrong('\n'.join(
         [f'{piece.name} is wrong in {len(bad)} of {len(tried)} cases. The smallest of them:',
          *(f'  {k:{width}}   {_show(v)}' for k,v in rows.items()),
          *[why]*bool(why), f'Read {piece.read}.']))
 
-# %% ../nbs/a1_check.ipynb #e56a7ed8
+# %% ../nbs/a1_check.ipynb #5d1659ae
 def _layers():
     w = torch.tensor([[1.,2.],[3.,5.]])
     yield dict(x=torch.tensor([[1.,2.]]), w=w, b=torch.tensor([1.,0.]))
@@ -212,8 +213,16 @@ def _(x, w, b): return x*w + b
 @lin.wrong('the bias is added to each row as a column: leave it (n_out,), and it goes to '
            'every row')
 def _(x, w, b): return x@w + b[:,None]
+@lin.wrong('the bias is added to the inputs: multiply first, `x@w + b`')
+def _(x, w, b): return (x+b)@w
+@lin.wrong('the bias is taken off: add it')
+def _(x, w, b): return x@w - b
+@lin.wrong('the weights come first: with the examples in rows it is `x@w`')
+def _(x, w, b): return w@x + b
+@lin.wrong('the bias is added up first: each output has its own')
+def _(x, w, b): return x@w + b.sum()
 
-# %% ../nbs/a1_check.ipynb #e14b2f98
+# %% ../nbs/a1_check.ipynb #12433cc1
 def _any_sign():
     yield dict(x=torch.tensor([-1.,0.,2.]))
     yield dict(x=torch.randn(4,3)*3)
@@ -229,8 +238,19 @@ def _(x): return (x>0).float()
 @relu.wrong('the input itself is changed, which others still need: `clamp`, without the '
             'underscore')
 def _(x): return x.clamp_(min=0)
+@relu.wrong("Python's own `max` and `if` want one yes or no, and a tensor has many: "
+            '`x.clamp(min=0)`')
+def _(x): return max(x, 0)
+@relu.wrong('`torch.max(x, 0)` is the largest along dim 0, with its index: `x.clamp(min=0)`')
+def _(x): return x.max(0)
+@relu.wrong('the negative entries are left out: they become 0, and the shape stays')
+def _(x): return x[x>0]
+@relu.wrong('a hundredth of the negative entries is left, as in `leaky_relu`: it should be 0')
+def _(x): return F.leaky_relu(x)
+@relu.wrong('it bends smoothly, as `sigmoid` does: 0 below 0, and `x` itself above')
+def _(x): return x.sigmoid()
 
-# %% ../nbs/a1_check.ipynb #b05183c3
+# %% ../nbs/a1_check.ipynb #a2754264
 def _outputs():
     yield dict(output=torch.tensor([[1.],[2.]]), targ=torch.tensor([0.,4.]))
     yield dict(output=torch.randn(3,1), targ=torch.randn(3))
@@ -253,8 +273,21 @@ def _(o, t): return (o-t.reshape(o.shape)).mean().pow(2)
 def _(o, t): return (o-t.reshape(o.shape)).pow(2).mean()/2
 @mse.wrong('the root is taken as well')
 def _(o, t): return (o-t.reshape(o.shape)).pow(2).mean().sqrt()
+@mse.wrong('there is a square for each entry still: take their mean')
+def _(o, t): return (o-t.reshape(o.shape)).pow(2)
+@mse.wrong('there is a square for each entry still, and not even in the shape of `output`: '
+           'take their mean')
+def _(o, t): return (o.squeeze(-1)-t).pow(2)
+@mse.wrong('there is a mean for each row or column still: `mean()`, without a dimension')
+def _(o, t): return (o-t.reshape(o.shape)).pow(2).mean(0)
+@mse.wrong('there is a mean for each row or column still: `mean()`, without a dimension')
+def _(o, t): return (o-t.reshape(o.shape)).pow(2).mean(1)
+@mse.wrong('the square is that of `targ` alone, as `**` goes before `-`: `(output-targ)**2`')
+def _(o, t): return (o-t.reshape(o.shape)**2).mean()
+@mse.wrong('they are added, and not subtracted')
+def _(o, t): return (o+t.reshape(o.shape)).pow(2).mean()
 
-# %% ../nbs/a1_check.ipynb #4d3c4c00
+# %% ../nbs/a1_check.ipynb #d0299b98
 def _g(**tensors): return {f'{k}.g':getattr(t, 'g', None) for k,t in tensors.items()}
 
 def _backward(f, inp, w, b):
@@ -293,7 +326,25 @@ for what,parts in {
         dict(w=lambda inp,g,w: inp.t()@g/len(inp)),
     'the gradient of the weights forgets the inputs':
         dict(w=lambda inp,g,w: g.sum(0).expand_as(w)),
+    'the gradient of the bias is summed over everything: over the examples, `sum(0)`':
+        dict(b=lambda inp,g,w: g.sum()),
+    'the gradient of the bias is one row of a matrix: `sum(0)`, without `keepdim`':
+        dict(b=lambda inp,g,w: g.sum(0, keepdim=True)),
+    'the gradient of the weights is a mean over the batch, and so is that of the bias: the '
+    'loss has divided already':
+        dict(w=lambda inp,g,w: inp.t()@g/len(inp), b=lambda inp,g,w: g.mean(0)),
+    'nothing is stored: set `inp.g`, `w.g` and `b.g` (not `.grad`), whatever is returned':
+        dict.fromkeys(('inp','w','b'), lambda inp,g,w: None),
+    'the gradient of the bias is not stored: set `b.g`': dict(b=lambda inp,g,w: None),
+    'the gradient of the weights is not stored: set `w.g`': dict(w=lambda inp,g,w: None),
+    'the gradient of the input is not stored, and the layers before get none: set `inp.g`':
+        dict(inp=lambda inp,g,w: None),
 }.items(): lin_grad.wrong(what)(_lin_grad_but(**parts))
+
+@lin_grad.wrong('the output itself is used, and not its gradient: `out.g`')
+def _(inp, out, w, b): inp.g,w.g,b.g = out@w.t(),inp.t()@out,out.sum(0)
+@lin_grad.wrong('the output itself is used for the weights, and not its gradient: `out.g`')
+def _(inp, out, w, b): inp.g,w.g,b.g = out.g@w.t(),inp.t()@out,out.g.sum(0)
 
 # %% ../nbs/a1_check.ipynb #d27a1b69
 def _nets():
@@ -340,7 +391,7 @@ for what,parts in {
     'the sum of the squares is returned, not their mean': dict(loss=lambda d: d.pow(2).sum()),
 }.items(): forward_and_backward.wrong(what)(_two_layers(**parts))
 
-# %% ../nbs/a1_check.ipynb #f0b49cc2
+# %% ../nbs/a1_check.ipynb #789a04da
 def _module(make, *args, **params):
     "Output and gradients of the second of two batches"
     inputs,m = args[:1],make()
@@ -350,7 +401,9 @@ def _module(make, *args, **params):
         out = m(*ts)
         if out.ndim: out.g = torch.randn_like(out)
         m.backward()
-    return dict(output=out) | _g(inp=ts[0], **params)
+    return {'output':out, 'inp after the call':ts[0]} | _g(inp=ts[0], **params)
+
+_not_stored = 'the gradient is not stored: set `.g`, whatever is returned'
 
 class _Own(bp.Module):
     "A module from two functions"
@@ -375,6 +428,7 @@ for what,parts in {
         dict(b=lambda inp,g,w: g.mean(0)),
     'the weights are not transposed on the way back: `out.g @ w.t()`':
         dict(inp=lambda inp,g,w: g@w),
+    _not_stored: dict.fromkeys(('inp','w','b'), lambda inp,g,w: None),
 }.items(): Lin.wrong(what)(_lin_but(**parts))
 
 @Lin.wrong('gradients of one batch are added to those of the last: `.g` is set, not added to')
@@ -394,7 +448,7 @@ def _(w, b):
         w.g = seen[0].t()@out.g
     return _Own(forward, bwd)
 
-# %% ../nbs/a1_check.ipynb #6801c61b
+# %% ../nbs/a1_check.ipynb #6f0afa0f
 def _signs():
     yield dict(inp=torch.tensor([[-1.,0.,2.]]))
     yield dict(inp=torch.randn(4,3))
@@ -416,9 +470,12 @@ for what,g in {
         lambda out,inp: out.g.relu(),
     'the gradient is multiplied by the output: only its sign counts':
         lambda out,inp: out.g*out,
+    'the input itself is changed, which others still need: `clamp`, without the underscore':
+        lambda out,inp: inp.relu_() is None or out.g*(inp>0),
+    _not_stored: lambda out,inp: None,
 }.items(): Relu.wrong(what)(_relu_but(lambda out, inp, g=g: _set_g(inp, g(out, inp))))
 
-# %% ../nbs/a1_check.ipynb #00903c38
+# %% ../nbs/a1_check.ipynb #fb02d99a
 def _outputs_as_inputs():
     for c in _outputs(): yield dict(inp=c['output'], targ=c['targ'])
 
@@ -436,6 +493,7 @@ for what,g in {
     'the gradient has the wrong sign: it is `inp-targ`, not `targ-inp`':
         lambda d: -2*d/d.numel(),
     'the gradient is divided by the rows only, and not by all entries': lambda d: 2*d/len(d),
+    _not_stored: lambda d: None,
 }.items(): Mse.wrong(what)(_mse_but(g))
 
 @Mse.wrong('(n,1) minus (n,) makes (n,n): bring both to one shape first')
@@ -444,11 +502,11 @@ def _():
     return _Own(lambda inp,targ: (inp-targ).pow(2).mean(),
                 lambda out,inp,targ: _set_g(inp, g(inp, targ)))
 
-# %% ../nbs/a1_check.ipynb #b17cae6b
+# %% ../nbs/a1_check.ipynb #b9d4b4c8
+def _square(): return torch.tensor([[1.,2.,4.],[0.,3.,1.],[2.,2.,0.]])
 def _classes(): # scores and classes
     yield dict(input=torch.tensor([[1.,2.,4.]]), target=torch.tensor([1]))
-    square = torch.tensor([[1.,2.,4.],[0.,3.,1.],[2.,2.,0.]])
-    yield dict(input=square, target=torch.tensor([2,0,1]))
+    yield dict(input=_square(), target=torch.tensor([2,0,1]))
     yield dict(input=torch.randn(4,5), target=torch.tensor([4,0,2,2]))
 
 def _classes_as_inputs():
@@ -471,6 +529,7 @@ for what,g in {
         lambda x,t,n: (x.softmax(0)-t)/n,
     'the gradient is divided by all entries: the mean runs over the rows':
         lambda x,t,n: (x.softmax(1)-t)/x.numel(),
+    _not_stored: lambda x,t,n: None,
 }.items(): CrossEntropy.wrong(what)(_ce_but(g))
 
 # %% ../nbs/a1_check.ipynb #5ce66095
@@ -518,7 +577,7 @@ class _(bp.Model):
         for l in self.layers: out = l(x)
         return out
 
-# %% ../nbs/a1_check.ipynb #782d06e6
+# %% ../nbs/a1_check.ipynb #00389db6
 _cut_off = ('The values are right, but not the gradient: let autograd see every step from the '
             'input to the result, and change nothing in place that it still needs.')
 
@@ -541,7 +600,7 @@ def _scores():
     yield dict(x=torch.tensor([[1.,2.],[3.,5.]]))                # square
     yield dict(x=torch.tensor([[0.,1.,2.],[3.,1.,0.]]))
     yield dict(x=torch.randn(4,10))
-    yield dict(x=torch.randn(2,3,5))
+    yield dict(x=torch.tensor([[[1.,2.],[4.,1.],[0.,0.]]]))
     yield dict(x=torch.tensor([[300.,301.],[302.,300.]]))        # exp overflows
     yield dict(x=torch.tensor([[0.,-150.,-300.]]))               # exp is 0
     yield dict(x=torch.tensor([[300.,301.],[-300.,-302.]]))      # far apart
@@ -559,6 +618,8 @@ _one_max = ('one maximum is taken off for the whole batch, and rows far below it
             'one for '
             'each row, `x.amax(-1, keepdim=True)`')
 _all_of_it = 'the sum runs over the whole batch: give `dim=-1, keepdim=True`'
+_dim_1 = 'the sum runs over dim 1, which is the last one of a matrix only: `dim=-1`'
+_math = '`math` knows single numbers only: a tensor has `x.exp()`, `x.log()` and so on'
 _no_dim = '`dim` is taken, but not used'
 _max_pair = '`max` with a dimension gives a pair, of values and indices: use `amax`'
 _max_keepdim = ('the maximum has lost its dimension, and comes off columns instead of rows: '
@@ -566,7 +627,7 @@ _max_keepdim = ('the maximum has lost its dimension, and comes off columns inste
 _both_keepdim = 'maximum and sum have both lost their dimension: give both `keepdim=True`'
 def _off(x, dim=-1): return x - x.amax(dim, keepdim=True)
 
-# %% ../nbs/a1_check.ipynb #b5996e53
+# %% ../nbs/a1_check.ipynb #eda7e81e
 softmax = Piece('softmax', lambda x, dim=-1: x.softmax(dim),
                 'lesson 2, "Softmax of a batch, and a silent error"',
                 '`softmax(x)`, perhaps with `dim=`', _scores, options=('dim',))
@@ -602,6 +663,12 @@ def _(x, dim=-1):
 def _(x): return x - x.max(-1, keepdim=True)
 @softmax.wrong(_max_keepdim)
 def _(x): return (x-x.amax(-1)).exp()/(x-x.amax(-1)).exp().sum(-1, keepdim=True)
+@softmax.wrong(_dim_1)
+def _(x): return x.softmax(1)
+@softmax.wrong(_dim_1)
+def _(x): return x.exp()/x.exp().sum(1, keepdim=True)
+@softmax.wrong(_math)
+def _(x): return math.exp(x)
 @softmax.wrong(_both_keepdim)
 def _(x): return (x-x.amax(-1)).exp()/(x-x.amax(-1)).exp().sum(-1)
 @softmax.wrong('the exponentials are divided by the sum of the scores: by that of exponentials')
@@ -615,7 +682,7 @@ def _(x): return (x*math.log(2)).softmax(-1)
 @softmax.wrong('the signs of the scores are turned: the largest score gets the most')
 def _(x): return (-x).softmax(-1)
 
-# %% ../nbs/a1_check.ipynb #47b06c5a
+# %% ../nbs/a1_check.ipynb #b93399d7
 def _scores_and_inf():
     yield from _scores()
     yield dict(x=torch.tensor([[0.,-math.inf],[-math.inf,-math.inf]]))
@@ -631,6 +698,14 @@ def _(x, dim=-1): return x.exp().sum(dim).log()
 def _(x, dim=-1): return (x-x.amax(dim, keepdim=True)).exp().sum(dim).log() + x.amax(dim)
 @logsumexp.wrong('the sum runs over dim 0: the classes are in `dim=-1`')
 def _(x): return x.logsumexp(0)
+@logsumexp.wrong('the sum runs over dim 1, which is the last one of a matrix only: `dim=-1`')
+def _(x): return x.logsumexp(1)
+@logsumexp.wrong(_math)
+def _(x): return math.exp(x)
+@logsumexp.wrong('the sum runs over the whole batch: give `dim=-1`')
+def _(x): return x.exp().sum().log()
+@logsumexp.wrong('the sum runs over dim 0: the classes are in `dim=-1`')
+def _(x): return x.exp().sum(0).log()
 @logsumexp.wrong('the sum runs over the whole batch: give `dim=-1`')
 def _(x): return x.flatten().logsumexp(0)
 @logsumexp.wrong('the maximum that was taken off is not added again')
@@ -664,7 +739,7 @@ def _(x): return _off(x).exp().sum(-1).log2() + x.amax(-1)
 @logsumexp.wrong('1 is added before the logarithm: `log`, not `log1p`')
 def _(x): return _off(x).exp().sum(-1).log1p() + x.amax(-1)
 
-# %% ../nbs/a1_check.ipynb #e634344f
+# %% ../nbs/a1_check.ipynb #b4ec7ee7
 log_softmax = Piece('log_softmax', lambda x, dim=-1: x.log_softmax(dim),
                     'lesson 2, "log_softmax, and what is still lost"',
                     '`log_softmax(x)`, perhaps with `dim=`', _scores, options=('dim',))
@@ -718,6 +793,12 @@ def _(x, dim=-1): return x.log_softmax(-1)
 def _(x): return x - x.max(-1, keepdim=True)
 @log_softmax.wrong(_max_keepdim)
 def _(x): return x-x.amax(-1) - (x-x.amax(-1)).exp().sum(-1, keepdim=True).log()
+@log_softmax.wrong(_dim_1)
+def _(x): return x.log_softmax(1)
+@log_softmax.wrong(_dim_1)
+def _(x): return x - x.exp().sum(1, keepdim=True).log()
+@log_softmax.wrong(_math)
+def _(x): return math.exp(x)
 @log_softmax.wrong(_both_keepdim)
 def _(x): return x-x.amax(-1) - (x-x.amax(-1)).exp().sum(-1).log()
 @log_softmax.wrong('the logarithm has base 2: `log`, not `log2`')
@@ -741,12 +822,12 @@ def _(x, dim=-1):
 for p in softmax,logsumexp,log_softmax:
     for what,cut in _cuts.items(): p.wrong(what)(cut(p.ref))
 
-# %% ../nbs/a1_check.ipynb #3389f19f
+# %% ../nbs/a1_check.ipynb #88fe41e7
 _loss_options = 'weight','ignore_index','reduction','label_smoothing'
 
 def _targets():
     for c in _classes(): yield c
-    yield dict(input=torch.randn(5,3), target=torch.tensor([0,1,2,2,1], dtype=torch.uint8),
+    yield dict(input=_square()[:2], target=torch.tensor([1,0], dtype=torch.uint8),
                hint='Labels may have another type of whole numbers, such as uint8: begin with '
                     '`target = target.long()`.')
     yield dict(input=torch.randn(4,3, requires_grad=True), target=torch.tensor([0,2,2,1]),
@@ -823,7 +904,7 @@ nll.wrong('`exp` undoes the logarithm: pick from the log-probabilities as they a
 for p in nll,cross_entropy:
     for what,cut in _cuts.items(): p.wrong(what)(cut(p.ref))
 
-# %% ../nbs/a1_check.ipynb #ce0590b6
+# %% ../nbs/a1_check.ipynb #d5b12098
 for what,f in {
     'the scores are taken for log-probabilities: `log_softmax` first':
         lambda x,y: -_row(x, y).mean(),
@@ -837,6 +918,8 @@ for what,f in {
     'the softmax runs over the batch: the classes are in dim 1':
         lambda x,y: -_row(x.log_softmax(0), y).mean(),
     _no_max: lambda x,y: -_row(x - x.exp().sum(1, keepdim=True).log(), y).mean(),
+    _no_max[:-1]+', or use `log_softmax`': lambda x,y:
+        -_row((x.exp()/x.exp().sum(1, keepdim=True)).log(), y).mean(),
     'softmax misses its `keepdim=True`': lambda x,y: -_row(x - x.logsumexp(1), y).mean(),
 }.items(): cross_entropy.wrong(what)(f)
 
@@ -976,7 +1059,7 @@ for what,f in {
         lambda out,yb: (yb.long()*out.shape[1] + out.argmax(1)).bincount(),
 }.items(): confusion.wrong(what)(f)
 
-# %% ../nbs/a1_check.ipynb #99fa6f56
+# %% ../nbs/a1_check.ipynb #5b113d4b
 def _weights(model): return {k: p.detach().clone() for k,p in model.named_parameters()}
 
 def _some_batches(n=11, bs=4): # the last one is ragged
@@ -1036,6 +1119,14 @@ def _(model, loss_func, opt, xb, yb):
     loss_func(model(xb), yb).backward()
     for p in model.parameters(): p.data -= p.grad
     opt.zero_grad()
+@step.wrong('each row makes a step of its own: one for the whole batch')
+def _(model, loss_func, opt, xb, yb):
+    for x,y in zip(xb, yb): _step(model, loss_func, opt, x[None], y[None])
+@step.wrong('the loss gets the guesses, `argmax`, which have no gradient: it wants scores')
+def _(model, loss_func, opt, xb, yb): loss_func(model(xb).argmax(1), yb).backward()
+@step.wrong('there are two steps in one: forward, `backward` and `opt.step()` once each')
+def _(*args):
+    for _ in range(2): _step(*args)
 @step.wrong('the step is made twice')
 def _(model, loss_func, opt, xb, yb):
     loss_func(model(xb), yb).backward()
@@ -1238,7 +1329,7 @@ class _(_Dummy):
     def parameters(self):
         return next((list(m.parameters()) for m in self._modules.values()), [])
 
-# %% ../nbs/a1_check.ipynb #e5dfac4d
+# %% ../nbs/a1_check.ipynb #ee876498
 def _small_layers():
     yield dict(layers=[nn.Identity()], x=torch.randn(2,3))
     yield dict(layers=[nn.Linear(3,3), nn.ReLU(), nn.Linear(3,3)], x=torch.randn(2,3))
@@ -1286,6 +1377,13 @@ class _(nn.Module):
 for p in RegisteredModel,SequentialModel:
     p.wrong('the layers are in a plain list, where `parameters` does not find them')(
         models.ListModel)
+    @p.wrong('the layers are in an attribute, and all names in `state_dict` begin with its '
+             'name: here the model itself has them, by number')
+    class _(nn.Module):
+        def __init__(self, layers): super().__init__(); self.layers = nn.ModuleList(layers)
+        def forward(self, x):
+            for l in self.layers: x = l(x)
+            return x
 @RegisteredModel.wrong('all layers get the same name, and only the last is left: '
                        '`add_module(str(i), l)`')
 class _(nn.Module):
@@ -1294,7 +1392,7 @@ class _(nn.Module):
         for l in layers: self.add_module('layer', l)
     def forward(self, x): return self.layer(x)
 
-# %% ../nbs/a1_check.ipynb #f0429fe3
+# %% ../nbs/a1_check.ipynb #dbb68b7d
 def _sizes():
     yield dict(n_in=2, nh=3, n_out=2)
     yield dict(n_in=7, nh=5, n_out=3)
@@ -1312,6 +1410,9 @@ for what,end in {'there is no ReLU between the layers, and two linear layers are
                  'there is a softmax at the end: the loss wants scores': nn.Softmax(1),
                  'there is a ReLU after the last layer as well: scores may be negative':
                      nn.ReLU(),
+                 'there is a `LogSoftmax` at the end: `cross_entropy` takes the logarithm '
+                 'itself':
+                     nn.LogSoftmax(1),
                  'there is a sigmoid at the end: the loss wants scores': nn.Sigmoid()}.items():
     def f(n_in, nh, n_out, end=end):
         ls = [nn.Linear(n_in, nh), nn.ReLU(), nn.Linear(nh, n_out), end]
@@ -1320,7 +1421,7 @@ for what,end in {'there is no ReLU between the layers, and two linear layers are
 @mlp.wrong('one linear layer is missing: input to hidden, hidden to output')
 def _(n_in, nh, n_out): return nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU())
 
-# %% ../nbs/a1_check.ipynb #67436727
+# %% ../nbs/a1_check.ipynb #c668da73
 def _set_lr(opt, lr):
     if hasattr(opt, 'param_groups'): opt.param_groups[0]['lr'] = lr
     else: opt.lr = lr
@@ -1410,6 +1511,21 @@ class _(_Opt):
         for p in self.ps[::-1]:
             if p.grad is None: return
             self.move(p, p.grad)
+@Optimizer.wrong('`zero_grad` meets a parameter that has no gradient yet: `if p.grad is not '
+                 'None`')
+class _(_Opt):
+    def zero_grad(self):
+        for p in self.ps: p.grad.zero_()
+@Optimizer.wrong('`zero_grad` sets the weights to zero: only their gradients, `p.grad`')
+class _(_Opt):
+    def zero_grad(self):
+        for p in self.ps: p.data.zero_()
+@Optimizer.wrong('`if p.grad` asks whether all of a tensor is true: `if p.grad is not None`')
+class _(_Opt):
+    @torch.no_grad()
+    def step(self):
+        for p in self.ps:
+            if p.grad: self.move(p, p.grad)
 @Optimizer.wrong('the rate is divided by the number of parameters')
 class _(_Opt):
     def move(self, p, g): p -= self.lr/len(self.ps)*self.direction(p, g)
@@ -1562,7 +1678,7 @@ class _(_Alias):
 # %% ../nbs/a1_check.ipynb #dcac8479
 for cls,what in Optimizer.mistakes: SGD.wrong(what)(type('_', (cls,_Sgd), {}))
 
-# %% ../nbs/a1_check.ipynb #aa592220
+# %% ../nbs/a1_check.ipynb #cdc989f0
 def _columns():
     yield dict(x=torch.tensor([[1.,2.],[3.,4.],[5.,6.]]), y=torch.tensor([0,1,2]))
     yield dict(x=torch.randn(5,3), y=torch.arange(5))
@@ -1599,6 +1715,11 @@ class _(_Ds): __len__ = None
 class _(_Ds):
     def __getitem__(self, i):
         return (self.x[i-1],self.y[i-1]) if isinstance(i, int) else (self.x[i],self.y[i])
+@Dataset.wrong('the rows are kept as a list of pairs, which knows no list of indices, and '
+               'gives pairs for a slice: keep `x` and `y`, and index both')
+class _(_Ds):
+    def __init__(self, x, y): super().__init__(x, y); self.rows = [*zip(x, y)]
+    def __getitem__(self, i): return self.rows[i]
 @Dataset.wrong('only the input comes back: return the pair')
 class _(_Ds):
     def __getitem__(self, i): return self.x[i]
@@ -1854,15 +1975,17 @@ class _(_Dl):
 class _(_Dl):
     def batch(self, idxs): return [self.ds[i] for i in idxs]
 
-# %% ../nbs/a1_check.ipynb #bb56cece
+# %% ../nbs/a1_check.ipynb #75abdbc6
 def _two_sets():
     yield dict(n=10, n_valid=10, bs=2)
     yield dict(n=20, n_valid=11, bs=4)
 
 def _pair(f, n, n_valid, bs):
     def counted(n): return data.Dataset(torch.arange(n).float()[:,None], torch.arange(n))
-    res = {}
     dls = f(counted(n), counted(n_valid), bs)
+    res = {'what comes back':'a pair of loaders'}
+    if not isinstance(dls, (tuple,list)) or len(dls)!=2:
+        return {'what comes back':_sort_of(dls)}
     for name,dl,k in zip(('training','validation'), dls, (n,n_valid)):
         epochs = [[yb.tolist() for _,yb in dl] for _ in range(2)]
         about = _about_order(*epochs, k, True)
@@ -1885,6 +2008,10 @@ for what,(kw,kw2) in {
     def f(train_ds, valid_ds, bs, kw=kw, kw2=kw2):
         return data.DataLoader(train_ds, bs, **kw),data.DataLoader(valid_ds, 2*bs, **kw2)
     get_dls.wrong(what)(f)
+@get_dls.wrong('only one loader comes back: two, for training and for validation')
+def _(a, b, bs): return data.DataLoader(a, bs, shuffle=True)
+@get_dls.wrong('the loader for validation comes first')
+def _(*args): return get_dls.ref(*args)[::-1]
 @get_dls.wrong('both loaders are over the training set')
 def _(a, b, bs): return data.DataLoader(a, bs, shuffle=True),data.DataLoader(a, 2*bs)
 
@@ -2080,7 +2207,7 @@ def _(epochs, model, loss_func, opt, train_dl, valid_dl, progress=True):
     model.train()
     for _ in range(epochs): _loop(1, model, loss_func, opt, [*train_dl, *valid_dl])
 
-# %% ../nbs/a1_check.ipynb #8c97541e
+# %% ../nbs/a1_check.ipynb #a847d7cc
 def _images():
     yield dict(im=torch.tensor([0.,0.]), x=torch.tensor([[1.,-1.],[3.,0.],[1.,0.]]))
     yield dict(im=torch.tensor([1.,1.]), x=torch.tensor([[4.,1.],[3.,3.],[9.,9.]]))
@@ -2103,6 +2230,8 @@ for what,f in {
         lambda im,x: ((x-im)**2).sum(0).argmin(),
     'the largest product is taken for the smallest distance, and bright images win':
         lambda im,x: (x@im).argmax(),
+    'angles are compared, and not distances: the length of an image counts as well':
+        lambda im,x: F.cosine_similarity(im[None], x).argmax(),
 }.items(): nearest.wrong(what)(f)
 
 # %% ../nbs/a1_check.ipynb #1f233d01
@@ -2299,7 +2428,7 @@ def _(model, params, xb, yb):
         model(x, y)
         model.backward()
 
-# %% ../nbs/a1_check.ipynb #99f11901
+# %% ../nbs/a1_check.ipynb #3ba47a65
 def _temperatures():
     x = torch.tensor([[1.,2.],[3.,5.]])
     for T in 1,2.,0.5: yield dict(x=x, T=T)
@@ -2316,6 +2445,8 @@ for what,f in {
     'the softmax runs over dim 0: the classes are in dim -1': lambda x,T: (x/T).softmax(0),
     'the largest score is not taken off first, and `exp` overflows: use `softmax`':
         lambda x,T: (x/T).exp()/(x/T).exp().sum(-1, keepdim=True),
+    'the probabilities are raised to a power, and no longer add up to 1: divide the scores':
+        lambda x,T: x.softmax(-1)**(1/T),
 }.items(): sharpen.wrong(what)(f)
 
 # %% ../nbs/a1_check.ipynb #457d54a3
@@ -2344,7 +2475,7 @@ for what,f in {
         lambda x,t: -(x.softmax(1)*t.log()).sum(1).mean(),
 }.items(): soft_ce.wrong(what)(f)
 
-# %% ../nbs/a1_check.ipynb #17a12e04
+# %% ../nbs/a1_check.ipynb #85f5757b
 def _one_score():
     yield dict(s=torch.tensor([2.]), y=torch.tensor([1]))
     yield dict(s=torch.tensor([2.]), y=torch.tensor([0]))
@@ -2370,6 +2501,12 @@ for what,f in {
     'the minus is forgotten': lambda s,y: -bce.ref(s, y),
     'there is one loss for each row: take their mean':
         lambda s,y: F.binary_cross_entropy_with_logits(s, y.float(), reduction='none'),
+    'the two scores are (-s, s), twice as far apart as they should be: (0, s)':
+        lambda s,y: F.cross_entropy(torch.stack([-s,s], 1), y),
+    'the loss of a row ends at 100, as `binary_cross_entropy` cuts off the logarithm of a '
+    'probability that a float rounds to 0: give it the scores, or use `cross_entropy` on (0, '
+    's)':
+        lambda s,y: F.binary_cross_entropy(s.sigmoid(), y.float()),
 }.items(): bce.wrong(what)(f)
 
 # %% ../nbs/a1_check.ipynb #4da5966b
@@ -2441,7 +2578,7 @@ for what,f in {
         _ce_grad(lambda t,eps: t + eps/t.shape[1]),
 }.items(): ce_grad.wrong(what)(f)
 
-# %% ../nbs/a1_check.ipynb #64048dc5
+# %% ../nbs/a1_check.ipynb #b325c406
 def _first_k():
     out = torch.tensor([[1.,2.,0.],[0.,1.,3.],[5.,1.,0.],[4.,0.,2.]])
     for k in 1,2,3: yield dict(out=out, yb=torch.tensor([1,0,1,0]), k=k)
@@ -2470,6 +2607,8 @@ for what,f in {
         lambda out,yb,k: _share(out.topk(k).values==yb[:,None]),
     'true and false are averaged as they are: `.float()` first':
         lambda out,yb,k: _hits(out, yb, k).any(1).mean(),
+    'the `k` largest are looked for along the batch: in each row, `topk(k, dim=1)`':
+        lambda out,yb,k: _share(_hits(out, yb, k, dim=0)),
 }.items(): topk_accuracy.wrong(what)(f)
 
 # %% ../nbs/a1_check.ipynb #b95d88ec
@@ -3694,7 +3833,7 @@ for what,f in {
     'it is never sure': lambda a,b: False,
 }.items(): sure.wrong(what)(f)
 
-# %% ../nbs/a1_check.ipynb #1c403a9b
+# %% ../nbs/a1_check.ipynb #31e7aae5
 def _budgets():
     yield dict(seconds=60., work=[0.5,0.25])
     yield dict(seconds=0.1, work=[9.])        # three rounds at least
@@ -3709,9 +3848,11 @@ def _raced(f, seconds, work):
             t[0] += w
         return f
     r = f(seconds, clock, **{f'f{i}':worker(w) for i,w in enumerate(work)})
+    if not hasattr(r, 'times'): return {'what comes back':f'a {type(r).__name__}'}
     rounds = [len(ts) for ts in r.times.values()]
     round = sum(work)
-    return {'names':[*r.times], 'three rounds at least?':min(rounds)>=3,
+    return {'what comes back':'a Race', 'names':[*r.times],
+            'three rounds at least?':min(rounds)>=3,
             'as many rounds for each?':len({*rounds})==1,
             'is the time used?':t[0]>=seconds,
             'does it end with the round in which the time is over?':
@@ -3751,6 +3892,9 @@ for what,f in {
 def _(seconds, clock, /, **contenders):
     alone = [race_for.ref(seconds, clock, **{k:g}).times for k,g in contenders.items()]
     return speed.Race({k:ts for times in alone for k,ts in times.items()}, {}, {})
+@race_for.wrong('a dict of timings comes back: make a `Race` of it, `Race(times, results, {})`'
+                '')
+def _(*args, **contenders): return race_for.ref(*args, **contenders).times
 @race_for.wrong('only the last timing of each is kept: a list of all, '
                 '`times[name].append(...)`')
 def _(*args, **contenders):
@@ -3790,7 +3934,7 @@ for what,f in {
     'the linear layers are left out': _costs(*_products[:2]),
 }.items(): cnn_cost.wrong(what)(f)
 
-# %% ../nbs/a1_check.ipynb #1126b49e
+# %% ../nbs/a1_check.ipynb #3fcad8ce
 _net_lists = {
     'three of Linear(3,2)': [lambda: nn.Linear(3, 2)]*3,
     'two of mlp(3,4,2)': [lambda: models.mlp(3, 4, 2)]*2,
@@ -3826,6 +3970,8 @@ for what,f in {
         lambda nets,xb: torch.stack([net(xb) for net in nets], 1),
     'the nets are called one after the other: each on the same `xb`':
         lambda nets,xb: nets[-1](torch.stack([net(xb) for net in nets])),
+    'probabilities come back: what the nets give is asked for':
+        lambda nets,xb: ensemble.ref(nets, xb).softmax(-1),
     'the predictions are a list: one tensor, (nets, n, n_out)':
         lambda nets,xb: [net(xb) for net in nets],
 }.items(): ensemble.wrong(what)(f)
@@ -4098,7 +4244,7 @@ def _child(path, out):
             todo = 'still to be written' in str(e)
             say(name=name, status='not there' if todo else 'wrong', message=str(e))
 
-# %% ../nbs/a1_check.ipynb #2b7a0770
+# %% ../nbs/a1_check.ipynb #2a82eb6c
 def check_file(
     file:str, # a Python file or a notebook; its code is run, in a process of its own
     timeout:int=60, # seconds after which it is ended
@@ -4137,20 +4283,26 @@ def _end(p):
     except (AttributeError,ProcessLookupError,PermissionError): p.kill()
     p.wait()
 
+def _in_short(message): # the sentence that names the mistake, or else the first line
+    lines = message.split('\n')
+    return next((l for l in lines[-2:-1] if not l.startswith('  ')), lines[0])
+
 def _table(file, found, error, as_json):
-    wrong = [r for r in found.values() if r['status']=='wrong']
+    if not found: raise ValueError(f'{file}: nothing in it has a name that the lessons know')
+    wrong = {k:r['message'] for k,r in found.items() if r['status']=='wrong'}
     if as_json: print(json.dumps(dict(file=file, error=error, names=found), indent=1))
     else:
+        there = {k:r for k,r in found.items() if r['status']!='not there'}
         lessons = {pieces[k].read.split(',')[0] for k in found}
-        names = [k for k,p in pieces.items() if p.read.split(',')[0] in lessons]
-        width = max(map(len, names), default=0)
-        for k in names:
-            r = found.get(k, dict(status='not there', message=''))
-            more = f", {r['message']}" if r['status']=='right' else ''
-            print(f"{k:{width}}  {r['status']}{more}")
+        missing = [k for k,p in pieces.items()
+                   if p.read.split(',')[0] in lessons and k not in there]
+        width = max(map(len, there), default=0)
+        for k,r in there.items():
+            print(f'{k:{width}}  ' + ('wrong' if k in wrong else f'right, {r["message"]}'))
+        if missing: print('not there:', ', '.join(missing))
         if error: print(f'\nIt stopped early: {error}')
-        if wrong: print('', wrong[0]['message'], sep='\n')
-    if not found: raise ValueError(f'{file}: nothing in it has a name that the lessons know')
+        for i,(k,message) in enumerate(wrong.items()):
+            print(f'\n{message}\n' if i==0 else f'{k}: {_in_short(message)}')
     return int(bool(wrong or error))
 
 # %% ../nbs/a1_check.ipynb #1be84c8e
