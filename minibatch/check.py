@@ -55,7 +55,7 @@ def _alike(a, b):
     if not isinstance(a, Tensor) or (a.shape,a.dtype)!=(b.shape,b.dtype): return False
     return torch.allclose(a.double(), b.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
 
-# %% ../nbs/a1_check.ipynb #46340aa2
+# %% ../nbs/a1_check.ipynb #68c610f9
 class Wrong(AssertionError):
     "A version is not right: where it shows, which mistake it is, and where to read"
 
@@ -89,7 +89,7 @@ class Piece:
         return add
     def __call__(self, mine): # your version; see the docstring for how it is called
         "One line if `mine` is right, else `Wrong`"
-        print(f'{self.name}: right, in {_check(self, mine)} cases')
+        print(f'{self.name}: right, {_check(self, mine)}')
 
 # %% ../nbs/a1_check.ipynb #dd522fe2
 @contextmanager
@@ -118,16 +118,14 @@ def _outcome(piece, f, case):
 def _outcomes(piece, f):
     return [_seed(i) or _outcome(piece, f, case) for i,case in enumerate(_cases(piece))]
 
-# %% ../nbs/a1_check.ipynb #2b1ee7b9
-@cache
-def _known(piece):
-    "What each mistake gives; the same every time, so it is kept"
-    with _untouched(): return [(what,_outcomes(piece, f)) for f,what in piece.mistakes]
+# %% ../nbs/a1_check.ipynb #98d9c127
+_known = cache(_outcomes)    # of the right version and the mistakes: always the same
 
 def _diagnose(piece, yours, bad):
     "What the mistake is: a sentence, or None"
     best,why = (),None
-    for what,theirs in _known(piece):
+    for f,what in piece.mistakes:
+        theirs = _known(piece, f)
         both = {i for i,pair in enumerate(zip(yours, theirs)) if NotImplemented not in pair}
         same = {i for i in both if _alike(yours[i], theirs[i])}
         hits = len(same & {*bad})
@@ -168,14 +166,14 @@ def _show(v, inside=False): # `inside` a list, where there is less room
     dtype = '' if v.dtype in (torch.float32,torch.int64) else f', {v.dtype}'
     return f'{" ".join(text.split())}   shape {tuple(v.shape)}{dtype}'
 
-# %% ../nbs/a1_check.ipynb #468957ae
+# %% ../nbs/a1_check.ipynb #aaa41db2
 def _check(piece, mine):
-    "The number of cases if `mine` is right; else `Wrong`"
+    "In how many cases `mine` is right; else `Wrong`"
     with _untouched():
-        right,yours = _outcomes(piece, piece.ref),_outcomes(piece, mine)
+        right,yours = _known(piece, piece.ref),_outcomes(piece, mine)
         tried = [i for i,y in enumerate(yours) if y is not NotImplemented]
         bad = [i for i in tried if not _alike(yours[i], right[i])]
-        if tried and not bad: return len(tried)
+        if tried and not bad: return f'in {len(tried)} case' + 's'*(len(tried)>1)
         if not tried: raise Wrong(f'{piece.name} is called as {piece.calls}.')
         y,r = yours[bad[0]],right[bad[0]]
         part = next(k for k in r if isinstance(y, Raised) or not _alike(y[k], r[k]))
@@ -1421,14 +1419,16 @@ for what,end in {'there is no ReLU between the layers, and two linear layers are
 @mlp.wrong('one linear layer is missing: input to hidden, hidden to output')
 def _(n_in, nh, n_out): return nn.Sequential(nn.Linear(n_in, n_out), nn.ReLU())
 
-# %% ../nbs/a1_check.ipynb #c668da73
+# %% ../nbs/a1_check.ipynb #cc3be894
 def _set_lr(opt, lr):
     if hasattr(opt, 'param_groups'): opt.param_groups[0]['lr'] = lr
     else: opt.lr = lr
 
 def _descend(f, lr, steps, lr_from_step_3=None):
     w,v = (torch.tensor(t, requires_grad=True) for t in ([1.,-2.],[3.]))
-    opt = f((p for p in (w,v)), lr=lr)      # a generator, as model.parameters() is
+    unused = torch.tensor([5.], requires_grad=True)
+    ps = w,unused,v
+    opt = f((p for p in ps), lr=lr)         # a generator, as model.parameters() is
     for i in range(steps):
         loss = (torch.tensor([1.,4.])*w**2).sum()/2
         if i: loss = loss + (v**2*w[0]).sum()/2
@@ -1436,8 +1436,9 @@ def _descend(f, lr, steps, lr_from_step_3=None):
         if i==2: _set_lr(opt, lr_from_step_3)
         opt.step()
         opt.zero_grad()
-    grads = [p.grad is None or not p.grad.any() for p in (w,v)]
+    grads = [p.grad is None or not p.grad.any() for p in ps]
     return {f'w after {steps} steps':w.detach(), f'v after {steps} steps':v.detach(),
+            'a parameter without a gradient, from 5':unused.detach(),
             'are all gradients zero or None after zero_grad()?':all(grads)}
 
 def _run_of(n, **options):
@@ -1491,7 +1492,8 @@ class _(_Opt):
 @Optimizer.wrong('`zero_grad` does not forget the gradients: `p.grad = None`')
 class _(_Opt):
     def zero_grad(self): pass
-@Optimizer.wrong('only the first parameter moves: is there a `return` in the loop?')
+@Optimizer.wrong('only the first parameter moves: is there a `return` in the loop, or a '
+                 '`break` at one without a gradient (`continue`)?')
 class _(_Opt):
     @torch.no_grad()
     def step(self): self.move(self.ps[0], self.ps[0].grad)
@@ -1503,14 +1505,6 @@ class _(_Opt):
 class _(_Opt):
     def __init__(self, params, lr, **kw): super().__init__(params, lr, **kw); self.first = lr
     def move(self, p, g): p -= self.first*self.direction(p, g)
-@Optimizer.wrong('a parameter without a gradient ends the loop, and those after it stay: '
-                 '`continue`, not `break` or `return`')
-class _(_Opt):
-    @torch.no_grad()
-    def step(self):
-        for p in self.ps[::-1]:
-            if p.grad is None: return
-            self.move(p, p.grad)
 @Optimizer.wrong('`zero_grad` meets a parameter that has no gradient yet: `if p.grad is not '
                  'None`')
 class _(_Opt):
@@ -4205,7 +4199,7 @@ for what,f in {
 # %% ../nbs/a1_check.ipynb #3dcb9f48
 pieces = {p.name:p for k,p in [*globals().items()] if isinstance(p, Piece) and p.name==k}
 
-# %% ../nbs/a1_check.ipynb #09296991
+# %% ../nbs/a1_check.ipynb #5399289f
 def _cells(path):
     "The code of a file in parts: a name for tracebacks, and the source"
     if path.suffix!='.ipynb': return [(str(path), path.read_text(encoding='utf-8'))]
@@ -4239,7 +4233,7 @@ def _child(path, out):
     for name,piece in pieces.items():
         if getattr(ns.get(name), '__module__', None)!='learner': continue
         say(name=name, status='wrong', message=f'{name} did not come to an end')
-        try: say(name=name, status='right', message=f'in {_check(piece, ns[name])} cases')
+        try: say(name=name, status='right', message=_check(piece, ns[name]))
         except Wrong as e:
             todo = 'still to be written' in str(e)
             say(name=name, status='not there' if todo else 'wrong', message=str(e))
