@@ -118,7 +118,7 @@ def _outcome(piece, f, case):
 def _outcomes(piece, f):
     return [_seed(i) or _outcome(piece, f, case) for i,case in enumerate(_cases(piece))]
 
-# %% ../nbs/a1_check.ipynb #98d9c127
+# %% ../nbs/a1_check.ipynb #8424cf3a
 _known = cache(_outcomes)    # of the right version and the mistakes: always the same
 
 def _diagnose(piece, yours, bad):
@@ -133,8 +133,8 @@ def _diagnose(piece, yours, bad):
         near = bad[0] in same and 2*hits>len(bad) and 2*len(same)>len(both) # the case shown
         score = sure,hits,len(same)/max(len(both), 1)
         if (sure or near) and score>best:
-            end = '.'*(not what.endswith('?'))
-            best,why = score,f'{"This is" if sure else "It looks like"} what comes out when {what}{end}'
+            begin = 'This is' if sure else 'It looks like'
+            best,why = score,f'{begin} what comes out when {what}.'.replace('?.', '?')
     return why
 
 # %% ../nbs/a1_check.ipynb #e4d1560a
@@ -220,7 +220,7 @@ def _(x, w, b): return w@x + b
 @lin.wrong('the bias is added up first: each output has its own')
 def _(x, w, b): return x@w + b.sum()
 
-# %% ../nbs/a1_check.ipynb #12433cc1
+# %% ../nbs/a1_check.ipynb #9ea78d37
 def _any_sign():
     yield dict(x=torch.tensor([-1.,0.,2.]))
     yield dict(x=torch.randn(4,3)*3)
@@ -233,6 +233,8 @@ def _(x): return x.abs()
 def _(x): return x.clamp(max=0)
 @relu.wrong('the result is 1 or 0: multiply that by `x`')
 def _(x): return (x>0).float()
+@relu.wrong('the result is 1 or 0: multiply that by `x`')
+def _(x): return (x>0)*1
 @relu.wrong('the input itself is changed, which others still need: `clamp`, without the '
             'underscore')
 def _(x): return x.clamp_(min=0)
@@ -248,7 +250,7 @@ def _(x): return F.leaky_relu(x)
 @relu.wrong('it bends smoothly, as `sigmoid` does: 0 below 0, and `x` itself above')
 def _(x): return x.sigmoid()
 
-# %% ../nbs/a1_check.ipynb #a2754264
+# %% ../nbs/a1_check.ipynb #06b8d7b7
 def _outputs():
     yield dict(output=torch.tensor([[1.],[2.]]), targ=torch.tensor([0.,4.]))
     yield dict(output=torch.randn(3,1), targ=torch.randn(3))
@@ -282,6 +284,8 @@ def _(o, t): return (o-t.reshape(o.shape)).pow(2).mean(0)
 def _(o, t): return (o-t.reshape(o.shape)).pow(2).mean(1)
 @mse.wrong('the square is that of `targ` alone, as `**` goes before `-`: `(output-targ)**2`')
 def _(o, t): return (o-t.reshape(o.shape)**2).mean()
+@mse.wrong('the first column alone is used, or `targ` has to be one: there may be more outputs')
+def _(o, t): return (o[:,0]-t).pow(2).mean()
 @mse.wrong('they are added, and not subtracted')
 def _(o, t): return (o+t.reshape(o.shape)).pow(2).mean()
 
@@ -344,7 +348,7 @@ def _(inp, out, w, b): inp.g,w.g,b.g = out@w.t(),inp.t()@out,out.sum(0)
 @lin_grad.wrong('the output itself is used for the weights, and not its gradient: `out.g`')
 def _(inp, out, w, b): inp.g,w.g,b.g = out.g@w.t(),inp.t()@out,out.g.sum(0)
 
-# %% ../nbs/a1_check.ipynb #d27a1b69
+# %% ../nbs/a1_check.ipynb #e6d15d1e
 def _nets():
     for n,i,h,o in (1,2,2,1),(4,3,5,2):
         yield dict(inp=torch.randn(n,i), targ=torch.randn(n,o), w1=torch.randn(i,h),
@@ -378,6 +382,8 @@ def _two_layers(scale=lambda diff: 2/diff.numel(), mask=lambda l1: l1>0,
 for what,parts in {
     'the gradient of the loss is not divided by the number of entries':
         dict(scale=lambda d: 2.),
+    'the gradient of the loss is divided by the rows only, and not by all entries':
+        dict(scale=lambda d: 2/len(d)),
     'the gradient of the loss lacks the 2 that comes from the square':
         dict(scale=lambda d: 1/d.numel()),
     'the gradient of the loss has the wrong sign: it is `out-targ`, not `targ-out`':
@@ -820,7 +826,7 @@ def _(x, dim=-1):
 for p in softmax,logsumexp,log_softmax:
     for what,cut in _cuts.items(): p.wrong(what)(cut(p.ref))
 
-# %% ../nbs/a1_check.ipynb #88fe41e7
+# %% ../nbs/a1_check.ipynb #204411a0
 _loss_options = 'weight','ignore_index','reduction','label_smoothing'
 
 def _targets():
@@ -898,7 +904,8 @@ for what,fs in {
 
 nll.wrong('the logarithm is taken a second time: the input is log-probabilities already')(
     lambda x,y: -_row(x.log(), y).mean())
-nll.wrong('`exp` undoes the logarithm: pick from the log-probabilities as they are')(lambda x,y: -_row(x.exp(), y).mean())
+nll.wrong('`exp` undoes the logarithm: pick from the log-probabilities as they are')(
+    lambda x,y: -_row(x.exp(), y).mean())
 for p in nll,cross_entropy:
     for what,cut in _cuts.items(): p.wrong(what)(cut(p.ref))
 
@@ -921,7 +928,7 @@ for what,f in {
     'softmax misses its `keepdim=True`': lambda x,y: -_row(x - x.logsumexp(1), y).mean(),
 }.items(): cross_entropy.wrong(what)(f)
 
-# %% ../nbs/a1_check.ipynb #572e7bf1
+# %% ../nbs/a1_check.ipynb #52dd9a44
 def _truth(y, n, eps): return (1-eps)*F.one_hot(y, n) + eps/n
 def _each(x, y, w, eps): return -(_truth(y, len(w), eps)*w*x).sum(1)
 def _mean(each, y, w, keep): return each.sum()/(w[y]*keep).sum()
@@ -982,6 +989,8 @@ for what,f in {
 }.items():
     nll.wrong(what)(f)
     cross_entropy.wrong(what)(lambda x, y, f=f, **kw: f(x.log_softmax(1), y, **kw))
+for p in nll,cross_entropy:
+    p.wrong('the options are taken, but not used')(lambda x, y, p=p, **kw: p.ref(x, y))
 for pick in (_row, lambda x,y: x[range(len(y)),y], lambda x,y: x[torch.arange(len(y)),y]):
     what = '`ignore_index` is taken, but not used: its rows are read as if they were classes'
     nll.wrong(what)(_reads_ignored(pick))
