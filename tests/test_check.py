@@ -22,41 +22,76 @@ def test_there_are_many_of_them():
 def test_the_reference_is_right_in_all_cases_and_raises_in_none(p, capsys):
     p(p.ref)
     n = len([*p.cases()])
-    assert capsys.readouterr().out==f'{p.name}: right, in {n} cases\n'
+    assert capsys.readouterr().out==f'{p.name}: right, in {n} case{"s"*(n>1)}\n'
     assert not any(isinstance(v, Raised) for o in check._outcomes(p, p.ref) for v in (o, *o.values()))
 
 @pytest.mark.parametrize('p,f,what', mistakes)
 def test_each_mistake_is_caught_and_named(p, f, what):
     text = message(p, f)
-    assert f'This is what comes out when {check._ended(what)}' in text and 'yours' in text and 'right' in text
+    assert f'This is what comes out when {what}' in text and 'yours' in text and 'right' in text
     assert f'Read {p.read}' in text
 
 def test_the_sections_exist():
     for p in pieces.values():
-        n,section,exercise = re.fullmatch(r'lesson (\d+), (?:"(.*)"|exercise (\d+))', p.read).groups()
-        nb = json.loads(next((ROOT/'nbs').glob(f'{int(n):02}_*.ipynb')).read_text())
+        kind,n,section,exercise = re.fullmatch(r'(lesson|appendix) (\d+), (?:"(.*)"|exercise (\d+))', p.read).groups()
+        number = f'{int(n):02}' if kind=='lesson' else f'a{n}'
+        nb = json.loads(next((ROOT/'nbs').glob(f'{number}_*.ipynb')).read_text())
         lines = [l for c in nb['cells'] if c['cell_type']=='markdown' for l in ''.join(c['source']).splitlines()]
         assert any(l.strip('# \n')==section if section else re.match(rf'(\*\*)?{exercise}\.', l) for l in lines), p.read
 
 # ---- right, but written otherwise
 
-def softmax_numpy(scores, dim=-1):
-    a = scores.numpy().astype('f8')
-    a = np.exp(a-a.max(dim, keepdims=True))
-    return torch.from_numpy((a/a.sum(dim, keepdims=True)).astype('f4'))
+def softmax_rows(scores, dim=-1): return torch.stack([r.double().softmax(0).float() for r in scores.movedim(dim, -1).reshape(-1, scores.shape[dim])]
+    ).reshape(scores.movedim(dim, -1).shape).movedim(-1, dim)
 
-def lse_loop(x):
-    out = []
-    for row in x.reshape(-1, x.shape[-1]).tolist():
-        m = max(row)
-        out.append(m if math.isinf(m) else m+math.log(sum(math.exp(v-m) for v in row)))
-    return torch.tensor(out).view(x.shape[:-1])
+def softmax_long_way(x, dim=-1):
+    z = x - torch.max(x, dim=dim, keepdim=True)[0]
+    num = torch.exp(z)
+    return num / torch.sum(num, dim=dim, keepdim=True)
+
+def lse_pairs(x):
+    out = x[...,0]
+    for i in range(1, x.shape[-1]): out = torch.logaddexp(out, x[...,i])
+    return out
+
+def lse_where(x, dim=-1):
+    m = x.amax(dim, keepdim=True)
+    m = torch.where(torch.isinf(m), torch.zeros_like(m), m)
+    return torch.log(torch.exp(x-m).sum(dim)) + m.squeeze(dim)
 
 def log_softmax_in_place(x):
     y = x.clone()
-    y.sub_(y.amax(-1, keepdim=True))
-    y.sub_(y.exp().sum(-1, keepdim=True).log_())
-    return y
+    y.sub_(x.detach().amax(-1, keepdim=True))
+    return y.sub_(y.exp().sum(-1, keepdim=True).log_())
+
+def log_softmax_filled(x):
+    out,rows = torch.empty_like(x),x.reshape(-1, x.shape[-1])
+    for i,row in enumerate(rows): out.view(rows.shape)[i] = row-row.logsumexp(0)
+    return out
+
+def nll_loop(lp, y): return sum(-lp[i][int(c)] for i,c in enumerate(y))/len(y)
+def nll_einsum(lp, y): return -torch.einsum('nc,nc->', lp, torch.eye(lp.shape[-1])[y.long()])/lp.size(0)
+
+def cross_entropy_some_options(x, y, weight=None, reduction='mean'):
+    lp,y = x-x.logsumexp(1, keepdim=True),y.long()
+    w = torch.ones(x.shape[1]) if weight is None else weight
+    losses = torch.stack([-lp[i,c]*w[c] for i,c in enumerate(y)])
+    return losses if reduction=='none' else losses.sum()/(w[y].sum() if reduction=='mean' else 1)
+
+def cross_entropy_kept_rows(x, y, ignore_index=-100):
+    keep = y!=ignore_index
+    return F.nll_loss(x[keep].log_softmax(1), y[keep].long())
+
+def lin_numpy(x, w, b): return torch.from_numpy(x.numpy().astype('f8')@w.numpy()+b.numpy()).float()
+def lin_loop(x, w, b):
+    out = torch.zeros(len(x), w.shape[1])
+    for i in range(len(x)):
+        for j in range(w.shape[1]): out[i,j] = sum(x[i,k]*w[k,j] for k in range(len(w)))+b[j]
+    return out
+
+class ReluAlone:
+    def __call__(self, x): self.x = x; self.out = x.clamp_min(0.); return self.out
+    def backward(self): self.x.g = (self.x>0).float()*self.out.g
 
 def lin_grad_einsum(inp, out, w, b):
     inp.g = torch.einsum('no,io->ni', out.g, w)
@@ -111,20 +146,96 @@ def evaluate_sums(model, loss_func, dl, metrics):
     *sums,n = map(sum, zip(*rows))
     return tuple(s/n for s in sums)
 
-@pytest.mark.parametrize('name,f', dict(softmax=softmax_numpy, logsumexp=lse_loop, log_softmax=log_softmax_in_place, lin_grad=lin_grad_einsum,
-    accuracy=accuracy_loop, SGD=SgdByHand, Optimizer=SgdByHand, Dataset=Rows, DataLoader=Loader, loop=loop_zero_first, evaluate=evaluate_sums,
-    cross_entropy=lambda logits,y: F.nll_loss(logits.log_softmax(1), y.long()), nll=lambda lp,t: -lp.gather(1, t.long()[:,None]).mean(),
-    mse=lambda a,b: ((a-b.reshape(a.shape))**2).sum()/a.numel(), relu=lambda t: torch.where(t>0, t, torch.zeros(())),
-    SequentialModel=lambda ls: nn.Sequential(*ls), collate=torch.utils.data.default_collate,
-    mlp=lambda i,h,o: nn.Sequential(nn.Linear(i,h), nn.Threshold(0,0), nn.Linear(h,o))).items())
+right = [('softmax',softmax_rows), ('softmax',softmax_long_way), ('softmax',lambda x: torch.exp(x-torch.logsumexp(x, -1).unsqueeze(-1))),
+    ('logsumexp',lse_pairs), ('logsumexp',lse_where), ('log_softmax',log_softmax_in_place), ('log_softmax',log_softmax_filled),
+    ('log_softmax',lambda x, **kw: F.log_softmax(x, **({'dim':-1}|kw))), ('nll',nll_loop), ('nll',nll_einsum),
+    ('nll',lambda lp,t: -lp.gather(1, t.long()[:,None]).mean()), ('cross_entropy',cross_entropy_some_options), ('cross_entropy',cross_entropy_kept_rows),
+    ('cross_entropy',lambda logits,y: F.nll_loss(logits.log_softmax(1), y.long())), ('cross_entropy',F.cross_entropy),
+    ('lin',lin_numpy), ('lin',lin_loop), ('lin',lambda x,w,b: torch.einsum('ni,io->no', x, w)+b), ('lin_grad',lin_grad_einsum),
+    ('relu',lambda t: torch.where(t>0, t, torch.zeros(()))), ('relu',lambda x: (x+x.abs())/2), ('relu',lambda x: torch.from_numpy(np.maximum(x.numpy(), 0))),
+    ('mse',lambda a,b: ((a-b.reshape(a.shape))**2).sum()/a.numel()), ('mse',lambda o,y: float(((o.reshape(y.shape)-y)**2).mean())), ('Relu',ReluAlone),
+    ('accuracy',accuracy_loop), ('SGD',SgdByHand), ('Optimizer',SgdByHand), ('Dataset',Rows), ('DataLoader',Loader), ('loop',loop_zero_first),
+    ('evaluate',evaluate_sums), ('SequentialModel',lambda ls: nn.Sequential(*ls)), ('collate',torch.utils.data.default_collate),
+    ('mlp',lambda i,h,o: nn.Sequential(nn.Linear(i,h), nn.Threshold(0,0), nn.Linear(h,o)))]
+
+@pytest.mark.parametrize('name,f', right, ids=[f'{n}-{f.__name__}' for n,f in right])
 def test_right_versions_written_otherwise(name, f): pieces[name](f)
+
+# ---- wrong, as beginners write it
+
+def ce_weights(x, y, weight=None):
+    losses = -x.log_softmax(1)[range(len(y)),y.long()]
+    return losses.mean() if weight is None else (losses*weight[y.long()]).mean()
+
+def ce_smoothed(x, y, label_smoothing=0.):
+    t = torch.full_like(x, label_smoothing/(x.shape[1]-1))
+    t[range(len(y)),y.long()] = 1-label_smoothing
+    return -(t*x.log_softmax(1)).sum(1).mean()
+
+def ce_ignored(x, y, ignore_index=-100):
+    keep = y!=ignore_index
+    return -(x.log_softmax(1).gather(1, y.long().clamp(min=0)[:,None])[:,0]*keep).mean()
+
+def ce_reads_ignored(x, y, ignore_index=-100): return -x.log_softmax(1)[torch.arange(len(y)),y.long()].mean()
+def ce_one_reduction(x, y, reduction='mean'): return -x.log_softmax(1)[range(len(y)),y.long()].mean()
+
+def softmax_twice_lost(x):
+    x = x - x.max(-1).values
+    return x.exp()/x.exp().sum(-1)
+
+@torch.no_grad()
+def log_softmax_no_grad(x): return x.log_softmax(-1)
+
+def log_softmax_numpy(x):
+    a = x.numpy().astype('f8')
+    a = a-a.max(-1, keepdims=True)
+    return torch.from_numpy((a-np.log(np.exp(a).sum(-1, keepdims=True))).astype('f4'))
+
+def nll_items(lp, y):
+    loss = 0
+    for i,c in enumerate(y.tolist()): loss -= lp[i,c].item()
+    return loss/len(y)
+
+def lin_grad_returned(inp, out, w, b): return out.g@w.t(),inp.t()@out.g,out.g.sum(0)
+
+class ReluInPlace(ReluAlone):
+    def __call__(self, x): self.x = x; self.out = x.clamp_(min=0); return self.out
+
+@pytest.mark.parametrize('name,f,says', [
+    ('softmax', softmax_twice_lost, 'both lost their dimension'), ('softmax', lambda x: x.softmax(1), 'the last one of a matrix only'),
+    ('softmax', lambda x: math.exp(x)/sum(math.exp(x)), '`math` knows single numbers only'), ('softmax', lambda x: (x-x.max(-1, keepdim=True)).exp(), 'gives a pair'),
+    ('logsumexp', lambda x: (x-x.max(-1, keepdim=True)[0]).exp().sum(-1).log()+x.max(-1, keepdim=True)[0], 'both with `keepdim`'),
+    ('log_softmax', lambda x: torch.log(torch.exp(x)/torch.exp(x).sum(-1, keepdim=True)), '`exp` overflows'),
+    ('log_softmax', log_softmax_no_grad, 'cut off from autograd'), ('log_softmax', log_softmax_numpy, 'computed by numpy'),
+    ('nll', nll_items, 'cut off from autograd'), ('cross_entropy', lambda x,y: F.cross_entropy(x, y.long()).item(), 'cut off from autograd'),
+    ('nll', lambda lp,y: -lp.gather(1, y).mean(), 'the column that `gather` wants'), ('nll', lambda lp,y: -lp.gather(1, y[:,None]).mean(), '`target = target.long()`'),
+    ('cross_entropy', lambda x,y: -(F.one_hot(y, x.shape[1])*x.log_softmax(1)).sum(1).mean(), '`target = target.long()`'),
+    ('nll', lambda lp,y: -lp[range(len(y)),y.long()], 'one loss for each row still'), ('nll', lambda lp,y: -lp[y.long()].mean(), 'the targets pick rows'),
+    ('cross_entropy', ce_weights, 'by the sum of their weights'), ('cross_entropy', ce_smoothed, '`eps/(C-1)`'), ('cross_entropy', ce_ignored, 'ignored rows count'),
+    ('cross_entropy', ce_reads_ignored, '`ignore_index` is taken, but not used'), ('cross_entropy', ce_one_reduction, '`reduction` is taken, but not used'),
+    ('relu', lambda x: max(x, 0), "Python's own `max`"), ('relu', lambda x: x if x>0 else 0, "Python's own `max`"), ('relu', lambda x: torch.max(x, 0), 'largest along dim 0'),
+    ('mse', lambda o,y: (o.squeeze(-1)-y**2).mean(), '`**` goes before `-`'), ('lin_grad', lin_grad_returned, 'nothing is stored'),
+    ('Relu', ReluInPlace, 'the input itself is changed')])
+def test_what_beginners_write_is_named(name, f, says):
+    text = message(pieces[name], f)
+    assert says in text and 'looks like' not in text
+
+def test_a_wrong_gradient_under_right_values():
+    def log_softmax(x): return x - x.logsumexp(-1, keepdim=True).detach()
+    text = message(check.log_softmax, log_softmax)
+    assert 'yours: gradient of x' in text and 'The values are right, but not the gradient' in text
+
+def test_the_case_shown_is_the_one_that_was_run():
+    def softmax(x): return x.softmax(-1) if x.numel()!=40 else x
+    rows = dict(l.strip().split(None, 1) for l in message(check.softmax, softmax).splitlines()[1:3])
+    assert rows['x']==rows['yours'] and 'shape (4, 10)' in rows['x']
 
 # ---- half finished
 
 @pytest.mark.parametrize('f,says', [
     (lambda x: None, 'Nothing came back: does it end with `return`?'),
-    (lambda x: x.log_softmax(-1).tolist(), 'A list came back, where a Tensor is right'),
-    (lambda x: x.log_softmax(-1).numpy(), 'A ndarray came back, where a Tensor is right'),
+    (lambda x: x.log_softmax(-1).tolist(), 'What came back is a list, where a Tensor is right'),
+    (lambda x: x.detach().log_softmax(-1).numpy(), 'What came back is an ndarray, where a Tensor is right'),
     (lambda x: x.log_softmax(-1).double(), 'The dtype is torch.float64, where torch.float32 is right'),
     (lambda x: x.log_softmax(-1)[None], r'The shape is (1, 1, 3), where (1, 3) is right'),
     (lambda: 0, 'It is called as `log_softmax(x)`'), (lambda x, y: x, 'It is called as `log_softmax(x)`'), (3, 'It is called as')])
@@ -148,9 +259,17 @@ def test_two_mistakes_at_once_are_a_guess():
     assert 'It looks like what comes out when' in text
     assert 'comes out when' not in message(check.mse, lambda o,t: o.new_tensor(17.25))
 
+def test_options_that_are_ignored_are_not_taken_for_another_mistake():
+    def lost(x, y, weight=None, ignore_index=-100, reduction='mean', label_smoothing=0.):
+        return F.cross_entropy(x, y.long(), weight, ignore_index=ignore_index, label_smoothing=label_smoothing/2)
+    assert 'too small for a float' not in message(check.cross_entropy, lost)
+    def inner(x): raise NotImplementedError('not implemented for Long')
+    assert 'still to be written' not in message(check.softmax, inner)
+    assert 'The shape is ()' in message(check.softmax, lambda x: x.sum())
+
 def test_options_that_a_version_does_not_take_are_left_out(capsys):
     check.softmax(lambda x: x.softmax(-1))
-    assert capsys.readouterr().out=='softmax: right, in 8 cases\n'
+    assert capsys.readouterr().out=='softmax: right, in 9 cases\n'
 
 def test_nothing_global_changes():
     torch.manual_seed(3); np.random.seed(4); random.seed(5)
@@ -176,6 +295,7 @@ def written(tmp_path, text, name='mine.py'):
     (tmp_path/name).write_text(text)
     return tmp_path/name
 
+SECOND = [k for k,p in pieces.items() if p.read.startswith('lesson 2, ex')]
 SOFTMAX = 'import torch\ndef softmax(x): return (x-x.amax(-1, keepdim=True)).exp()/(x-x.amax(-1, keepdim=True)).exp().sum(-1, keepdim=True)\n'
 WRONG = 'def relu(x): return x.abs()\n'
 
@@ -184,22 +304,29 @@ def test_a_file_that_is_right_prints_a_lot_and_exits(tmp_path):
     p = minibatch('check', f)
     assert (p.returncode,p.stderr)==(0,'')
     lines = dict(l.split(None, 1) for l in p.stdout.splitlines())
-    assert lines['softmax']=='right, in 8 cases' and lines['nll']=='not there' and 'relu' not in lines      # that one is PyTorch's
+    assert lines['softmax']=='right, in 9 cases' and lines['not']=='there: logsumexp, log_softmax, nll, cross_entropy, '+', '.join(SECOND) and 'relu' not in lines      # that one is PyTorch's
     assert len(p.stdout)<2000
 
 def test_wrong_and_json(tmp_path):
-    f = written(tmp_path, SOFTMAX+WRONG+'class SGD:\n    def __init__(self, *args, **kw): raise NotImplementedError("later")\n')
+    f = written(tmp_path, SOFTMAX+WRONG+'class SGD:\n    def __init__(self, *args, **kw): raise NotImplementedError\n')
     p = minibatch('check', f)
     assert p.returncode==1 and p.stdout.count('Read lesson')==1 and '`x.clamp(min=0)`' in p.stdout
     p = minibatch('check', f, '--json')
     res = json.loads(p.stdout)
     assert p.returncode==1 and {k:r['status'] for k,r in res['names'].items()}==dict(softmax='right', relu='wrong', SGD='not there')
 
+def test_others_than_the_first_in_a_line_each(tmp_path):
+    f = written(tmp_path, SOFTMAX+WRONG+'def mse(o, t): return (o-t).pow(2).mean()\ndef nll(x, y): return -x[range(len(y)),y.long()].sum()\nlog_softmax = lambda x: 7\n')
+    out = minibatch('check', f).stdout
+    assert out.count('The smallest of them')==1 and out.index('not there: ') < out.index('relu is wrong in') < out.index('\nmse: This is what comes out when (n,1) minus (n,)')
+    assert '\nnll: This is what comes out when the losses are added up: `mean()`, not `sum()`.\nlog_softmax:' not in out and 'nll: This is' in out
+    assert re.search(r'\nlog_softmax: What came back is a number, where a Tensor is right\.\n', out)
+
 def test_a_notebook_and_its_errors(tmp_path):
     def cell(src): return dict(cell_type='code', source=[src], metadata={}, outputs=[], execution_count=None)
     nb = dict(cells=[dict(cell_type='markdown', source=['# Hi'], metadata={}), cell('%matplotlib inline\n!ls\nimport torch'), cell('1/0'), cell(WRONG)], metadata={}, nbformat=4, nbformat_minor=5)
     p = minibatch('check', written(tmp_path, json.dumps(nb), 'mine.ipynb'))
-    assert p.returncode==1 and 'It stopped early: mine.ipynb, cell 2: ZeroDivisionError' in p.stdout and 'relu                  wrong' in p.stdout
+    assert p.returncode==1 and 'It stopped early: mine.ipynb, cell 2: ZeroDivisionError' in p.stdout and 'relu  wrong\n' in p.stdout
 
 @pytest.mark.parametrize('text,says', [('def f(:', 'no Python file or notebook that can be read'), ('x = 1', 'nothing in it has a name'),
     ('import os\nos._exit(0)', 'did not come to its end (exit status 0)'), ('import os\nos.kill(os.getpid(), 9)', 'did not come to its end')])
