@@ -60,7 +60,7 @@ def fold(cell, summary):
     cell.metadata['mystnb'] = {'code_prompt_show': summary, 'code_prompt_hide': summary}
 
 def tidy(nb):
-    "Marks for nbdev become tags (which the style sheet shows as labels); imports fold"
+    "Marks for nbdev become tags (which the style sheet shows as labels); imports and lists of mistakes fold"
     for c in nb.cells:
         if c.cell_type!='code': continue
         export,hide,exp = marked(c, 'export'),marked(c, 'hide'),marked(c, 'default_exp')
@@ -68,6 +68,8 @@ def tidy(nb):
         if export: c.metadata['tags'] = ['export']
         if not exp and mostly_imports(c.source): fold(c, 'Imports of the module' if export else 'Imports')
         elif exp or hide: c.metadata['tags'] = ['remove-cell']
+        pieces = re.findall(r'^(\w+) = Piece\(', c.source, re.M)
+        if pieces and c.source.count('\n')>12: fold(c, f'Cases and mistakes of {", ".join(pieces)}')
     nb.metadata['language_info'] = {'name': 'python', 'pygments_lexer': 'python'}
 
 def lesson_page(path):
