@@ -34,7 +34,8 @@ class Dataset:
     def __getitem__(self, i): return self.x[i],self.y[i]
 
 # %% ../nbs/06_data.ipynb #d6592e3c
-def _draw(g): return torch.empty((), dtype=torch.int64).random_(generator=g).item()
+def _draw(g): # a seed from generator `g`; `None`: torch's global one
+    return torch.empty((), dtype=torch.int64).random_(generator=g).item()
 
 class Sampler:
     "Batches of indices into `ds`, in order or shuffled, in a new order every epoch"
@@ -53,16 +54,14 @@ class Sampler:
         return n//self.bs if self.drop_last else -(-n//self.bs)
     def __iter__(self): return self.epoch(_draw(self.generator))
     def epoch(self,
-              seed:int, # all that the order depends on
+              seed:int, # decides the whole order, if shuffled
               start:int=0): # batches to skip
-        "The index batches of the epoch that `seed` stands for, from batch `start` on"
+        "The batches of the epoch with this `seed`, from batch `start` on"
         n,bs = len(self.ds),self.bs
         g = torch.Generator().manual_seed(seed)
         order = torch.randperm(n, generator=g) if self.shuffle else range(n)
-        if self.drop_last: order = order[:n//bs*bs]
-        if start>=len(self): return            # `split` would give one batch, of nothing
-        if not self.shuffle: yield from (order[i:i+bs] for i in range(start*bs, len(order), bs))
-        else: yield from order[start*bs:].split(bs)
+        if self.drop_last: order = order[:n//bs*bs]         # full batches only
+        for i in range(start*bs, len(order), bs): yield order[i:i+bs]
 
 # %% ../nbs/06_data.ipynb #c65ef8c1
 def collate(samples:list, # tensors, arrays, numbers, strings; or tuples, lists, dicts of these

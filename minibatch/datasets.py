@@ -16,9 +16,9 @@ from .files import _load, _NotHere
 
 # %% ../nbs/00_datasets.ipynb #9ae797c9
 def show_image(im, # tensor or array (784,), (28,28), (1,28,28) or any other square size
-               ax=None, # matplotlib axes to draw on; None makes new ones
+               ax=None, # matplotlib axes to draw on; None: new ones
                title=None): # what to write above it
-    "Draw one image in grey, its darkest value black, its lightest white, and return the axes"
+    "Draw an image in grey, its smallest value black and its largest white; return the axes"
     import matplotlib.pyplot as plt
     im = torch.as_tensor(im).detach().cpu().squeeze()
     if im.ndim==1: im = im.view(math.isqrt(len(im)), -1)

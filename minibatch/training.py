@@ -171,7 +171,8 @@ def predict(model:nn.Module, # is in `eval` mode meanwhile
     with _eval_mode(model) as device:
         for batch in dl:
             parts = [batch] if isinstance(batch, Tensor) else batch
-            if isinstance(parts, (tuple,list)) and len(parts)==1: parts = [*parts,*parts]
+            if isinstance(parts, (tuple,list)) and len(parts)==1:
+                parts = [*parts,*parts]      # the input also stands in for a target
             xb,yb,_ = _unpack(parts, model, device, count=lambda yb: 1)
             if isinstance(dl, Tensor) or not getattr(yb, 'ndim', 1): raise ValueError(
                 f'Expected batches, as [x], not single examples; got {_what(batch)}')
@@ -331,14 +332,14 @@ def fit(epochs:int, # passes over the training data
     finally:
         run.batches = None
         opt.zero_grad()
-        _end(run, iter(run.after_fit))
+        _end(run, run.after_fit)
     return run.figures
 
 # %% ../nbs/07_fit.ipynb #0bcb16a3
-def _end(run, hooks): # all that are in the iterator, even if one fails
-    for f in hooks:
-        try: f(run)
-        finally: _end(run, hooks)
+def _end(run, hooks): # the first, and then the others, even if it fails
+    if not hooks: return
+    try: hooks[0](run)
+    finally: _end(run, hooks[1:])
 
 def _train_mode(model):
     "Training mode, but for parts that stand in eval mode and whose parameters are all frozen"
@@ -441,7 +442,7 @@ class History(Callback):
             ax = axs[0,0 if k in losses else 1]
             ax.plot(range(1, len(self.rows)+1), [r[k] for r in self.rows], 'o-', label=k)
         for ax,title in zip(axs[0], ('Loss','Metrics')):
-            ax.set(title=title, xlabel='epoch', ylabel='over all examples')
+            ax.set(title=title, xlabel='epoch', ylabel='mean over all examples')
             ax.locator_params('x', integer=True)
             ax.legend()
         return axs[0]
