@@ -58,9 +58,13 @@ def join_group(timeout:float=300 # seconds to wait for another process before th
         store,rank,world = next(dist.rendezvous('env://', timeout=wait))
         one_machine = os.environ.get('GROUP_WORLD_SIZE', '1')=='1'
         attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if one_machine else None
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=wait,
-                                store=dist.PrefixStore(f'attempt {attempt}', store),
-                                rank=rank, world_size=world)
+        backend,store = 'gloo',dist.PrefixStore(f'attempt {attempt}', store)
+        if cuda: backend = 'cpu:gloo,cuda:nccl'
+        try: dist.init_process_group(backend, timeout=wait, store=store, rank=rank,
+                                     world_size=world)
+        except dist.DistError as e: raise RuntimeError(
+            f'process {rank} of {world} has waited in vain for the others: each should call '
+            f'join_group() within {timeout} seconds, or give a larger timeout') from e
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         if rank: sys.stdout = open(os.devnull, 'w')                 # one voice is enough
         _in_step(None)
@@ -181,7 +185,8 @@ def evaluate(self:Distributed, model, loss_func, dl, metrics, count):
     divisible = _divisible(dl)
     lo,hi = self.part(len(dl)) if divisible else (0,0)
     def block(order): return itertools.islice(order, lo, hi)
-    mine = _dealt(dl, block, first=lo) if divisible else itertools.islice(dl, self.rank, None, self.world)
+    if divisible: mine = _dealt(dl, block, first=lo)
+    else: mine = itertools.islice(dl, self.rank, None, self.world)
     means,kept = _sums(model, loss_func, mine, metrics, count)
     means.read()
     sums = means.sums or [0.]*(1+len(metrics))
@@ -190,9 +195,8 @@ def evaluate(self:Distributed, model, loss_func, dl, metrics, count):
     means.n,means.batches,*means.sums = v.tolist()
     if any(isinstance(m, whole) for m in metrics):
         kept = _gather(kept)
-        order = itertools.chain(*kept) if divisible else (
-            p for turns in itertools.zip_longest(*kept) for p in turns)
-        kept = [p for p in order if p]
+        blocks = kept if divisible else itertools.zip_longest(*kept)
+        kept = [p for block in blocks for p in block if p]
     return _figures(metrics, means, kept)
 
 # %% ../nbs/10_distributed.ipynb #012a57f2
