@@ -6,7 +6,7 @@
 __all__ = ['share', 'join_group', 'Distributed']
 
 # %% ../nbs/10_distributed.ipynb #114e932d
-import atexit, copy, itertools, operator, os, sys, zlib
+import atexit, copy, itertools, operator, os, pickle, sys, zlib
 import numpy as np, torch, torch.distributed as dist
 from collections import deque
 from datetime import timedelta
@@ -27,13 +27,21 @@ def share(f, # called by process 0 alone
          ): # for every process: what `f(*args)` gave (something that can be pickled)
     "Do something once, for all processes; an error is raised in all of them, too"
     if not dist.is_initialized(): return f(*args)
-    box = [None,None]
-    if dist.get_rank()==0:
-        try: box[0] = f(*args)
-        except Exception as e: box[1] = e
+    first,box = dist.get_rank()==0,[None,None]
+    if first:
+        try:
+            result = f(*args)
+            box[0] = pickle.dumps(result)
+        except Exception as e: box[1] = _portable(e)
     dist.broadcast_object_list(box, 0)
-    if box[1]: raise box[1]
-    return box[0]
+    if box[1] is not None: raise box[1]
+    return result if first else pickle.loads(box[0])
+
+def _portable(e):
+    "The error `e`; if it cannot be pickled, another one that says the same"
+    try: pickle.loads(pickle.dumps(e))
+    except Exception: return RuntimeError(f'{type(e).__name__}: {e}')
+    return e
 
 def _in_step(dl):
     "Give every process the random states of process 0"
@@ -50,9 +58,13 @@ def join_group(timeout:float=300 # seconds to wait for another process before th
         store,rank,world = next(dist.rendezvous('env://', timeout=wait))
         one_machine = os.environ.get('GROUP_WORLD_SIZE', '1')=='1'
         attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT') if one_machine else None
-        dist.init_process_group('cpu:gloo,cuda:nccl' if cuda else 'gloo', timeout=wait,
-                                store=dist.PrefixStore(f'attempt {attempt}', store),
-                                rank=rank, world_size=world)
+        backend,store = 'gloo',dist.PrefixStore(f'attempt {attempt}', store)
+        if cuda: backend = 'cpu:gloo,cuda:nccl'
+        try: dist.init_process_group(backend, timeout=wait, store=store, rank=rank,
+                                     world_size=world)
+        except dist.DistError as e: raise RuntimeError(
+            f'process {rank} of {world} has waited in vain for the others: each should call '
+            f'join_group() within {timeout} seconds, or give a larger timeout') from e
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         if rank: sys.stdout = open(os.devnull, 'w')                 # one voice is enough
         _in_step(None)
@@ -74,20 +86,17 @@ class Distributed(Callback):
             yield i[lo:hi] if lo<hi else i[:1]
 
 # %% ../nbs/10_distributed.ipynb #e6ae8f2a
-def _dealt(dl, deal, shift=0):
+def _dealt(dl, deal, shift=0, first=0):
     "Our loader, that fetches only what `deal` leaves of an epoch; workers get other seeds"
     dl = copy.copy(dl)
     whole,dl._own = dl._own,copy.copy(dl._own)
     dl._own.epoch = lambda seed,start=0: deal(whole.epoch(seed,start))
-    dl._parallel = lambda idxs,seed,i: DataLoader._parallel(dl, idxs, seed+shift, i)
+    dl._parallel = lambda idxs,seed,i: DataLoader._parallel(dl, idxs, seed+shift, i+first)
     return dl
 
-def _ours(dl): return getattr(dl,'_own',None) is not None
-
-def _by_rows(run):
-    "Can a process load its rows alone?"
-    dl = run.train_dl
-    if not _ours(dl) or dl.transform or run.count is not len: return False
+def _divisible(dl):
+    "Can a process load a part of `dl` alone, and draw what it would draw for the whole?"
+    if getattr(dl,'_own',None) is None or dl.transform: return False
     return dl.num_workers>0 or bool(_Fetcher(*dl._how()).get)       # workers, or a mere gather
 
 @patch
@@ -106,15 +115,25 @@ def take(self:Distributed, run):
 # %% ../nbs/10_distributed.ipynb #5474a0c8
 @patch
 def before_batch(self:Distributed, run):
-    if self.by_rows: n,run.n = self.sizes.popleft()
+    if self.by_rows:
+        n,whole_n = self.sizes.popleft()
+        if run.n!=max(n, 1): raise ValueError(
+            f'collate_fn has made {run.n} rows of {max(n, 1)} examples, so nobody knows the '
+            'size of the whole batch: num_workers=0 lets each process load all of it')
+        run.n = whole_n
     else: n = self.take(run)
-    self.weight,gpus = n/run.n,[run.device] if run.device.type=='cuda' else []
+    self.weight,self.acted = n/run.n,False
+    gpus = [run.device] if run.device.type=='cuda' else []
     self.own_rng = torch.random.fork_rng(gpus)
     self.own_rng.__enter__()
     torch.manual_seed(hash((torch.initial_seed(), run.epoch, run.batch, self.rank))%2**63)
 
 @patch
-def after_batch(self:Distributed, run): self.own_rng.__exit__(None, None, None)
+def after_batch(self:Distributed, run):
+    self.own_rng.__exit__(None, None, None)
+    if not self.acted: raise RuntimeError(
+        'step= has called no run.before_backward, so the gradients of the processes were not '
+        'added up: call the hooks as train_step does')
 
 # %% ../nbs/10_distributed.ipynb #683de622
 @patch
@@ -122,6 +141,7 @@ def before_backward(self:Distributed, run):
     if not self.weight:
         outs = [t for t in tree_leaves(run.preds) if getattr(t,'requires_grad',False)]
         run.loss = sum(t.sum() for t in outs)*0
+    self.acted = True
     run.scale *= self.weight if self.by_hand else self.weight*self.world
 
 @patch
@@ -142,10 +162,15 @@ def _sum_grads(ps):
 @patch
 def mean(self:Distributed, figures):
     "The means over the whole batch"
-    v = torch.stack([torch.as_tensor(f, device=self.device).double() for f in figures])
+    v = [torch.as_tensor(f, device=self.device).double() for f in [*figures, 1.]]
+    v = torch.stack(v)
     v = v*self.weight if self.weight else torch.zeros_like(v)          # it may be nan
     dist.all_reduce(v)
-    return [*v]
+    *means,weight = v
+    if abs(weight-1)>1e-3: raise ValueError(
+        f'count gives {weight:.4g} times as much for the parts of a batch as for the whole: '
+        'Distributed needs one that adds up, row by row')
+    return means
 
 def _gather(o):
     "The `o` of each process, for all"
@@ -155,10 +180,13 @@ def _gather(o):
 
 @patch
 def evaluate(self:Distributed, model, loss_func, dl, metrics, count):
-    "As `evaluate`, but the processes take turns at the batches"
-    def turns(batches): return itertools.islice(batches, self.rank, None, self.world)
+    "As `evaluate`, but each process looks at some of the batches"
     if self.ddp: model = model.module                # alone: it need not wait for the others
-    mine = _dealt(dl, turns) if _ours(dl) else turns(dl)
+    divisible = _divisible(dl)
+    lo,hi = self.part(len(dl)) if divisible else (0,0)
+    def block(order): return itertools.islice(order, lo, hi)
+    if divisible: mine = _dealt(dl, block, first=lo)
+    else: mine = itertools.islice(dl, self.rank, None, self.world)
     means,kept = _sums(model, loss_func, mine, metrics, count)
     means.read()
     sums = means.sums or [0.]*(1+len(metrics))
@@ -166,7 +194,9 @@ def evaluate(self:Distributed, model, loss_func, dl, metrics, count):
     dist.all_reduce(v)
     means.n,means.batches,*means.sums = v.tolist()
     if any(isinstance(m, whole) for m in metrics):
-        kept = [p for turn in itertools.zip_longest(*_gather(kept)) for p in turn if p]
+        kept = _gather(kept)
+        blocks = kept if divisible else itertools.zip_longest(*kept)
+        kept = [p for block in blocks for p in block if p]
     return _figures(metrics, means, kept)
 
 # %% ../nbs/10_distributed.ipynb #012a57f2
@@ -194,9 +224,11 @@ def _checksum(o):
     "One number for all tensors, arrays, numbers and strings in `o`"
     s = 0
     for v in tree_leaves(o):
-        if isinstance(v, Tensor): v = v.detach().cpu().reshape(-1).view(torch.uint8).numpy()
+        if isinstance(v, Tensor):
+            v = v.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         elif isinstance(v, (str,int,float)): v = np.frombuffer(repr(v).encode(), np.uint8)
-        if isinstance(v, np.ndarray): s = zlib.crc32(np.ascontiguousarray(v), s)
+        if isinstance(v, np.ndarray) and not v.dtype.hasobject: s = \
+            zlib.crc32(np.ascontiguousarray(v), s)
     return s
 
 def _some(dl):
@@ -208,10 +240,16 @@ def _some(dl):
 
 def _about(run):
     "What should be the same in all processes"
-    return {'weights': _checksum((run.model.state_dict(), run.others())),
+    trains = [p.requires_grad for p in run.params()]
+    settings = [{k:v for k,v in g.items() if k!='params'} for g in run.opt.param_groups]
+    return {'weights': _checksum((run.model.state_dict(), run.others(), trains)),
             'training data': _checksum(_some(run.train_dl)),
             'validation data': _checksum(_some(run.valid_dl)),
-            'batches per epoch': operator.length_hint(run.train_dl, -1), 'table': run.columns}
+            'batch size': getattr(run.train_dl,'batch_size',None),
+            'batches per epoch': operator.length_hint(run.train_dl, -1),
+            'epochs': run.epochs, 'table': run.columns,
+            'optimizer': f'{type(run.opt).__name__} {_checksum(settings)}',
+            'callbacks': [type(cb).__name__ for cb in run.cbs if not isinstance(cb, Progress)]}
 
 def _check(run):
     "Refuse what is not one run in several processes"
@@ -220,9 +258,10 @@ def _check(run):
             'There is a DistributedSampler in the loader: leave it out, as Distributed deals '
             'out the batches of a loader for one process')
         _in_step(dl)
-    rng = _get_rng(run.train_dl)                 # to look at examples may draw random numbers
+    both = run.train_dl,run.valid_dl
+    rng = _get_rng(*both)                        # to look at examples may draw random numbers
     each = _gather(_about(run))
-    _set_rng(rng, run.train_dl)
+    _set_rng(rng, *both)
     for k in each[0]:
         values = [a[k] for a in each]
         if any(v!=values[0] for v in values): raise ValueError(
@@ -244,12 +283,12 @@ def before_fit(self:Distributed, run):
     if self.world==1: return _leave(run, [self])
     self.device,self.sizes,self.outer = run.device,deque(),sys.exc_info()[1]
     if self.rank: _leave(run, [cb for cb in run.cbs if isinstance(cb, Progress)])
-    else: _store().set(_key, '')
+    share(_store().set, _key, '')                # nobody has failed yet
     _check(run)
     run.rank,run.share,run.mean,run.evaluate = self.rank,share,self.mean,self.evaluate
     run.after_batch.append(self.meet)            # when the other callbacks are done
     run.after_epoch.append(self.meet)
-    self.by_rows = _by_rows(run)
+    self.by_rows = run.count is len and _divisible(run.train_dl)
     if self.by_rows: run.train_dl = _dealt(run.train_dl, self.rows, self.rank*10**6)
     self.ddp = isinstance(run.model, DDP)
     accumulates = any(isinstance(cb, Accumulate) for cb in run.cbs)

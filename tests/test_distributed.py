@@ -1,7 +1,7 @@
 "Several processes train what one process trains; and wrong use is an error in all of them, never a hang"
 import functools, math, os, random, re, signal, subprocess, sys, threading, time, warnings
 from pathlib import Path
-import pytest, torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.distributed as dist, torch.multiprocessing as mp, torch.nn.functional as F
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -40,6 +40,15 @@ class Noisy(torch.utils.data.Dataset):
     def __init__(self, dtype): self.x,self.y = data(dtype=dtype)
     def __len__(self): return 70
     def __getitem__(self, i): return self.x[i]+0.1*torch.randn(6, dtype=self.x.dtype)+0.1*random.random(),self.y[i]
+
+class OwnNoise(Noisy):
+    "With a generator of its own"
+    def __init__(self, dtype): super().__init__(dtype); self.g = torch.Generator().manual_seed(3)
+    def __getitem__(self, i): return self.x[i]+torch.randn(6, generator=self.g),self.y[i]
+
+class Odd(Noisy):
+    "Rows whose numbers lie apart, and objects that are others in each process"
+    def __getitem__(self, i): return self.x.T.contiguous().T[i],self.y[i],np.array([object()])
 
 class Named(nn.Module):
     def __init__(self): super().__init__(); self.net,self.unused,self.frozen = net(),nn.Linear(2,2),nn.Linear(6,6).requires_grad_(False)
@@ -84,6 +93,10 @@ def case(name, dtype):
     elif name=='count, ours': add(count=lambda yb: (yb+1).sum(), loss_func=functools.partial(F.cross_entropy, weight=torch.arange(1,4).to(dtype)), metrics=())
     elif name=='workers': add(**dls(dtype, num_workers=1, multiprocessing_context='fork'), epochs=1)
     elif name=='noise': add(train_dl=DataLoader(Noisy(dtype), 8, shuffle=True))
+    elif name=='noise in validation': add(valid_dl=DataLoader(Noisy(dtype), 7))
+    elif name=='workers with noise in validation': add(valid_dl=DataLoader(Noisy(dtype), 7, num_workers=1, multiprocessing_context='fork'), epochs=1)
+    elif name=='own noise in validation': add(valid_dl=DataLoader(OwnNoise(dtype), 7))
+    elif name=='odd tensors': add(train_dl=DataLoader(Odd(dtype), 8, collate_fn=lambda rows: tuple(map(torch.stack, zip(*[r[:2] for r in rows])))))
     elif name=='transform': add(**dls(dtype, transform=lambda b: (b[0]+torch.rand_like(b[0]),b[1])))
     elif name=='theirs': add(**dls(dtype, Dl=TheirDl))
     elif name=='their workers': add(**dls(dtype, Dl=TheirDl, num_workers=1, multiprocessing_context='fork'), epochs=1)
@@ -167,13 +180,13 @@ def pair():
     g.close()
 
 CASES = ['plain','amp','amp, half','accumulate','clip','accumulate, clip','early stop','best','schedule','plateau','no validation','whole','count','count, ours',
-         'workers','noise','transform','theirs','their workers','list','stream','small batches','one batch to validate','dict','own loss',
+         'workers','noise','noise in validation','workers with noise in validation','own noise in validation','odd tensors','transform','theirs','their workers','list','stream','small batches','one batch to validate','dict','own loss',
          'ddp','ddp, accumulate','ddp, own loss']
 
 @pytest.mark.parametrize('name', CASES)
 def test_as_one_process(groups, name, record_property):
     for dtype,eps in (torch.float64,1e-12),(torch.float32,1e-2 if 'amp' in name else 2e-5):
-        if 'workers' in name and dtype==torch.float32: continue           # they take a while to start
+        if ('workers' in name or 'noise in' in name) and dtype==torch.float32: continue       # double precision tells it all
         want = outcome(name, dtype)
         for n,group in groups.items():
             got = group(outcome, name, dtype)
@@ -223,7 +236,7 @@ def turns(dl):
     return len(calls)-1
 
 @pytest.mark.parametrize('dl', ['ours','list'])
-def test_validation_is_dealt_out(groups, dl): assert groups[2](turns, dl)==[3,2]
+def test_validation_is_dealt_out(groups, dl): assert sorted(groups[2](turns, dl))==[2,3]
 
 class Seen(Callback):
     "The inputs of the batches"
@@ -289,10 +302,19 @@ def test_compiled_step_is_eager_and_says_so_but_not_in_one_process(groups):
 
 def shared(): return share(lambda rank: [rank, torch.ones(2)], dist.get_rank())[0]
 def failing(): return share(lambda: 1/0)
+class TwoWords(Exception):
+    "Cannot be unpickled"
+    def __init__(self, a, b): super().__init__(f'{a} and {b}')
+def odd_error():
+    def f(): raise TwoWords('this', 'that')
+    share(f)
+def odd_result(): return share(lambda: threading.Lock())
 
 def test_share(groups):
     assert groups[3](shared)==[0,0,0]
     assert [a for _,a in groups[3].answers(failing)]==['ZeroDivisionError: division by zero']*3
+    assert [a for _,a in groups[3].answers(odd_error)]==['RuntimeError: TwoWords: this and that']*3
+    assert all('pickle' in a for _,a in groups[3].answers(odd_result)) and groups[3](shared)==[0,0,0]
 
 # Wrong use: one clear error in all processes. Each of these functions trains something that cannot be right
 
@@ -312,6 +334,21 @@ def own_rows():
     r = dist.get_rank()
     train(train_dl=DataLoader(TensorDataset(*(t[r::2] for t in data())), 8))
 def other_metrics(): train(metrics=[right,f1][dist.get_rank()])
+def other_epochs(): train(epochs=2+dist.get_rank())
+def other_callbacks(): train(cbs=[ClipGrad(1.)] if dist.get_rank() else [])
+def other_momentum():
+    torch.manual_seed(7)
+    model = net()
+    train(model=model, opt=SGD(model.parameters(), lr=0.1, momentum=0.5*dist.get_rank()))
+def per_batch(): train(count=lambda yb: 1)
+def without_hooks(run):
+    run.preds,run.update = run.model(*run.xb),True
+    run.loss = run.loss_func(run.preds, run.yb)
+    run.loss.backward()
+    run.opt.step()
+def own_step(): train(step=without_hooks)
+def doubled(rows): return tuple(torch.stack([t for r in rows for t in [r[k]]*2]) for k in (0,1))
+def more_rows(): train(train_dl=DataLoader(TensorDataset(*data()), 8, collate_fn=doubled, num_workers=1, multiprocessing_context='fork'))
 def no_rows(): train(train_dl=[(torch.ones(3,6),torch.zeros(3,dtype=torch.int64),torch.zeros(2))], valid_dl=None, loss_func=lambda p,y: p.sum())
 def not_finite():
     x,y = data()
@@ -329,7 +366,9 @@ WRONG = [
     (sampler, (False,), 'DistributedSampler in the loader: leave it out'), (sampler, (True,), 'DistributedSampler in the loader: leave it out'),
     (other_weights, (), 'differ in their weights'), (other_data, (False,), 'differ in their training data'),
     (other_data, (True,), 'differ in their validation data'), (own_rows, (), 'differ in their training data'),
-    (other_metrics, (), 'differ in their table'), (no_rows, (), 'expected tensors of the same length'),
+    (other_metrics, (), 'differ in their table'), (other_epochs, (), 'differ in their epochs'), (other_callbacks, (), 'differ in their callbacks'),
+    (other_momentum, (), 'differ in their optimizer'), (per_batch, (), 'count gives 2 times as much for the parts'),
+    (own_step, (), 'has called no run.before_backward'), (more_rows, (), 'collate_fn has made 8 rows of 4 examples'), (no_rows, (), 'expected tensors of the same length'),
     (not_finite, (), 'The loss is nan in epoch 1, batch 1')]
 
 @pytest.mark.parametrize('f,args,message', WRONG, ids=lambda v: getattr(v,'__name__',''))
@@ -379,6 +418,12 @@ def test_when_one_hangs_the_other_ends_after_the_timeout():
         for p in pair.procs: p.kill()
         pair.close()
 
+def test_who_comes_too_late(tmp_path, bare):
+    (tmp_path/'program.py').write_text('import os, threading\nfrom minibatch.distributed import join_group\n'
+                                       'if os.environ["RANK"]=="1": threading.Event().wait(60)\njoin_group(timeout=2)')
+    p = torchrun('program.py', cwd=tmp_path)
+    assert p.returncode and 'process 0 of 2 has waited in vain for the others: each should call join_group() within 2 seconds' in p.stderr, p.stderr[-3000:]
+
 def one_stops(rank):
     h = History()
     def stop(run): run.stop = True
@@ -426,7 +471,7 @@ def test_a_checkpoint_goes_on_with_the_same_bits(groups, tmp_path, drop):
     assert group(job, tmp_path/'c', 'all')==[None,None] and (tmp_path/'c').exists()
     for got,w in zip(group(job, tmp_path/'c'), want): assert difference(got, w)==0
 
-@pytest.mark.parametrize('before,after', [(2,1),(1,2),(3,2)])
+@pytest.mark.parametrize('before,after', [(2,1),(1,3),(3,2)])
 def test_a_checkpoint_of_another_number_of_processes(groups, tmp_path, before, after):
     want = checkpointed(tmp_path/'whole')
     def run(n, *args): return groups[n](checkpointed, *args) if n>1 else [checkpointed(*args)]
