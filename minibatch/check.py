@@ -10,9 +10,9 @@ __all__ = ['lin', 'relu', 'mse', 'lin_grad', 'forward_and_backward', 'Lin', 'Rel
            'stack', 'mosaic', 'Sigmoid', 'central', 'Residual', 'two_halves', 'sharpen', 'soft_ce', 'bce',
            'streaming_lse', 'ce_grad', 'topk_accuracy', 'loss_and_accuracy', 'accumulate', 'per_class', 'ParamModule',
            'ResidualModel', 'macs', 'evaluating', 'Adam', 'SGDW', 'clip_grad_', 'Cosine', 'ByLength', 'pad', 'balanced',
-           'shifted', 'topk', 'Freeze', 'GradNorm', 'BestFile', 'EMA', 'Mixup', 'Jitter', 'Keep', 'sure', 'race_for',
-           'cnn_cost', 'ensemble', 'classify', 'write_idx', 'names_in', 'is_npz', 'pieces', 'Raised', 'Wrong', 'Piece',
-           'check_file', 'exercises']
+           'shifted', 'topk', 'Freeze', 'GradNorm', 'BestFile', 'EMA', 'Mixup', 'Jitter', 'Keep', 'counted', 'ring',
+           'together', 'sure', 'race_for', 'cnn_cost', 'ensemble', 'classify', 'write_idx', 'names_in', 'is_npz',
+           'pieces', 'Raised', 'Wrong', 'Piece', 'check_file', 'exercises']
 
 # %% ../nbs/a1_check.ipynb #3977c5fe
 import ast, json, linecache, math, os, re, signal
@@ -3783,6 +3783,118 @@ for what,parts in {
     'the name is that of the file with another ending: `f"{path}.{epoch}"`':
         dict(name=lambda self,epoch: Path(f'{self.path}{epoch}')),
 }.items(): Keep.wrong(what)(type('_', (_Keep,), parts))
+
+# %% ../nbs/a1_check.ipynb #76aaa28a
+from torch.utils.data import DistributedSampler
+
+def _dealing(pad=True, drop=False, mine=False):
+    def counted(n, world):
+        counts = torch.zeros(n)
+        for rank in range(1 if mine else world):
+            for i in DistributedSampler(range(n), world, rank, shuffle=False, drop_last=drop):
+                if pad or not counts[i]: counts[i] += 1
+        return counts
+    return counted
+
+counted = Piece('counted', _dealing(), 'lesson 10, exercise 1',
+                '`counted(n, world)`; it gives `n` counts in a tensor of floats',
+                lambda: (dict(n=n, world=w) for n,w in ((4,2), (5,2), (10,3), (2,5), (7,1))))
+for what,f in {
+    'one process alone is counted: go through every `rank`': _dealing(mine=True),
+    'each example is counted once: the sampler gives some twice, to make the parts equally '
+    'long': _dealing(pad=False),
+    'what does not divide is left out: `drop_last=True` was not asked for': _dealing(drop=True),
+    'the counts say who has an example, not how often: add 1 for each time it comes':
+        lambda n, world: _dealing()(n, world).clamp(max=1).cumsum(0),
+    'all have all: each process gets a part': lambda n, world: torch.full((n,), float(world)),
+    'the copies are those of the last examples: the sampler begins again at the first':
+        lambda n, world: _dealing()(n, world).flip(0),
+    'the counts are divided by the number of processes':
+        lambda n, world: _dealing()(n, world)/world,
+}.items(): counted.wrong(what)(f)
+
+# %% ../nbs/a1_check.ipynb #06360841
+def _ring(rounds=lambda p: 2*(p-1), add=lambda t,p: t<p-1, sent=lambda m,t,p: m):
+    def ring(ts):
+        p,n = len(ts),0
+        chunks = [t.chunk(p) for t in ts]
+        for t in range(rounds(p)):
+            where = [(r-t%(p-1)+(t>=p-1))%p for r in range(p)]
+            for r,k in enumerate(where):
+                m,there = chunks[r][k],chunks[(r+1)%p][k]
+                there.copy_(there+m if add(t,p) else m)
+            n += sent(m.numel(), t, p)
+        return n
+    return ring
+
+def _rings():
+    for p,n in (2,2),(2,6),(3,6),(4,12): yield dict(ts=[torch.randn(n) for _ in range(p)])
+
+def _after_ring(f, ts):
+    n = f(ts)
+    return dict(sent=n, tensors=torch.stack(ts))
+
+ring = Piece('ring', _ring(), 'lesson 10, exercise 2',
+             '`ring(ts)`; it changes the tensors in place and gives how many numbers each '
+             'process has sent', _rings, _after_ring)
+for what,f in {
+    'it ends after the first half: everybody has one chunk of the sum, and must hand it on':
+        _ring(rounds=lambda p: p-1),
+    'the second half adds, too: there the sums replace what stands': _ring(add=lambda t,p: True),
+    'nothing is added: in the first half, a chunk is added to one\'s own':
+        _ring(add=lambda t,p: False),
+    'the messages are counted, not their numbers': _ring(sent=lambda m,t,p: 1),
+    'what all processes send together is counted, or whole tensors: each sends one chunk in a '
+    'round': _ring(sent=lambda m,t,p: m*p),
+    'only the first half is counted': _ring(sent=lambda m,t,p: m*(t<p-1)),
+}.items(): ring.wrong(what)(f)
+@ring.wrong('the tensors are as they were: change them in place, as with `copy_`')
+def _(ts): return ring.ref([t.clone() for t in ts])
+@ring.wrong('the mean is left in the tensors, not the sum')
+def _(ts):
+    n = ring.ref(ts)
+    for t in ts: t /= len(ts)
+    return n
+@ring.wrong('the sum is in the first tensor only: all should have it')
+def _(ts):
+    others = [t.clone() for t in ts[1:]]
+    n = ring.ref(ts)
+    for t,o in zip(ts[1:], others): t.copy_(o)
+    return n
+
+# %% ../nbs/a1_check.ipynb #32f0bb76
+def _moments():
+    for parts in (2,2),(1,3),(5,7,8): yield dict(parts=[torch.randn(n,3) for n in parts])
+
+def _of_sums(f, parts):
+    "Both functions, used together as in the exercise: `f` makes the pair"
+    mean,var = f([sum(s) for s in zip(*map(_stats, parts))])
+    return dict(mean=mean, var=var)
+
+def _stats(x): return torch.tensor(float(len(x))),x.sum(0),(x**2).sum(0)
+def _together_but(mean=lambda n,a,b: a/n, var=lambda n,a,b: b/n-(a/n)**2):
+    return lambda s: (mean(*s),var(*s))
+
+together = Piece('together', _together_but(), 'lesson 10, exercise 3',
+                 '`together(s)` with the sums of the rows\' number, of x and of x squared; it '
+                 'gives mean and variance', _moments, _of_sums)
+for what,f in {
+    'the variance is the mean of the squares: take off the square of the mean':
+        _together_but(var=lambda n,a,b: b/n),
+    'the variance is divided by n-1: the biased one, as BatchNorm takes it, by n':
+        _together_but(var=lambda n,a,b: (b-a**2/n)/(n-1)),
+    'the square of the sum is taken off, not that of the mean':
+        _together_but(var=lambda n,a,b: b/n-a**2),
+    'the standard deviation comes back: the variance is its square':
+        _together_but(var=lambda n,a,b: (b/n-(a/n)**2).sqrt()),
+    'the mean is taken off, not its square': _together_but(var=lambda n,a,b: b/n-a/n),
+    'the sums come back: divide by the number of rows':
+        _together_but(lambda n,a,b: a, lambda n,a,b: b-a**2),
+    'the variance is a sum: divide by the number of rows':
+        _together_but(var=lambda n,a,b: b-a**2/n),
+    'the variance has the wrong sign': _together_but(var=lambda n,a,b: (a/n)**2-b/n),
+    'variance and mean change places': lambda s: _together_but()(s)[::-1],
+}.items(): together.wrong(what)(f)
 
 # %% ../nbs/a1_check.ipynb #2ee030b6
 def _timings():

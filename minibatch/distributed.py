@@ -52,6 +52,9 @@ def join_group(timeout:float=300 # seconds to wait for another process before th
               )->torch.device: # where this process should train
     "Become one of the processes that `torchrun` has started; without it, stay alone"
     cuda,local = torch.cuda.is_available(),int(os.environ.get('LOCAL_RANK', 0))
+    if cuda and local>=torch.cuda.device_count(): raise RuntimeError(
+        f'process {local+1} of this machine finds {torch.cuda.device_count()} GPU(s): each needs '
+        'one of its own (fewer in --nproc-per-node), or none (CUDA_VISIBLE_DEVICES=)')
     if cuda: torch.cuda.set_device(local)
     if 'RANK' in os.environ and not dist.is_initialized():
         wait = timedelta(seconds=timeout)

@@ -444,6 +444,12 @@ def one_lr(rank):
 def test_the_learning_rate_is_that_of_process_0(groups):
     assert groups[2](one_lr, 0)==[[0.1,0.5,0.5],[0.1,0.1,0.5]] and groups[2](one_lr, 1)==[[0.1,0.1,0.1],[0.1,0.5,0.1]]
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    with pytest.raises(RuntimeError, match=r'process 2 of this machine finds 1 GPU\(s\).*CUDA_VISIBLE_DEVICES='): join_group()
+
 def test_without_join_group_it_is_an_error(monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
     with pytest.raises(RuntimeError, match=r'call join_group\(\) at the beginning'): train()
