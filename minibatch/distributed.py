@@ -6,7 +6,7 @@
 __all__ = ['share', 'join_group', 'Distributed']
 
 # %% ../nbs/10_distributed.ipynb #114e932d
-import atexit, copy, itertools, operator, os, pickle, sys, zlib
+import atexit, copy, itertools, operator, os, pickle, sys, time, zlib
 import numpy as np, torch, torch.distributed as dist
 from collections import deque
 from datetime import timedelta
@@ -48,6 +48,10 @@ def _in_step(dl):
     _set_rng(share(_get_rng, dl), dl)
 
 # %% ../nbs/10_distributed.ipynb #6ad3d3b7
+def _leave_group():
+    if dist.is_initialized(): dist.destroy_process_group()
+    time.sleep(0.1)       # DDP keeps gloo's threads, and Python must not end while they need it
+
 def join_group(timeout:float=300 # seconds to wait for another process before that is an error
               )->torch.device: # where this process should train
     "Become one of the processes that `torchrun` has started; without it, stay alone"
@@ -68,7 +72,7 @@ def join_group(timeout:float=300 # seconds to wait for another process before th
         except dist.DistError as e: raise RuntimeError(
             f'process {rank} of {world} has waited in vain for the others: each should call '
             f'join_group() within {timeout} seconds, or give a larger timeout') from e
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        atexit.register(_leave_group)
         if rank: sys.stdout = open(os.devnull, 'w')                 # one voice is enough
         _in_step(None)
     return torch.device('cuda', local) if cuda else torch.device('cpu')
