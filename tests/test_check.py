@@ -412,3 +412,11 @@ def test_nbgrader_takes_the_lessons(solved, tmp_path):
     assert p.returncode==0, p.stderr
     text = (tmp_path/'release'/'lessons'/'02_losses.ipynb').read_text()
     assert 'YOUR CODE HERE' in text and 'SOLUTION' not in text and 'y.exp().sum(dim, keepdim=True).log()' not in text
+
+@pytest.mark.parametrize('page', ['README.md', 'docs/index.md'])
+def test_the_first_screen_shows_what_check_says(page):
+    text = (ROOT/page).read_text()
+    code = next(c for c in re.findall(r'```python\n(.*?)```', text, re.S) if 'check.log_softmax' in c)
+    names = {}
+    exec(re.search(r'def log_softmax.*?\n(?=\S)', code.replace('\n\n', '\n'), re.S)[0], dict(torch=torch), names)
+    assert ' '.join(message(check.log_softmax, names['log_softmax']).split()) in ' '.join(text.split())
