@@ -636,7 +636,7 @@ def test_two_machines(machines, tmp_path, bare):
 def test_a_cut_cable_is_an_error_in_both(machines, tmp_path, bare):
     procs = on_machines(machines, tmp_path, 'slow', 'cut')
     errs = [tmp_path/n/'err' for n in machines]
-    while not all(len(re.findall(rb'^\d+$', e.read_bytes(), re.M))>20 for e in errs): assert all(p.poll() is None for p in procs); time.sleep(0.02)
+    while not all(len(re.findall(rb'<\d+>', e.read_bytes()))>20 for e in errs): assert all(p.poll() is None for p in procs); time.sleep(0.02)
     ip('-n', machines[0], 'link', 'set', machines[0], 'down')
     for p,e in zip(procs, errs):
         assert p.wait(90)!=0
