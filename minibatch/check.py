@@ -3804,8 +3804,6 @@ for what,f in {
     'each example is counted once: the sampler gives some twice, to make the parts equally '
     'long': _dealing(pad=False),
     'what does not divide is left out: `drop_last=True` was not asked for': _dealing(drop=True),
-    'the counts say who has an example, not how often: add 1 for each time it comes':
-        lambda n, world: _dealing()(n, world).clamp(max=1).cumsum(0),
     'all have all: each process gets a part': lambda n, world: torch.full((n,), float(world)),
     'the copies are those of the last examples: the sampler begins again at the first':
         lambda n, world: _dealing()(n, world).flip(0),
@@ -3889,7 +3887,7 @@ for what,f in {
         _together_but(var=lambda n,a,b: (b/n-(a/n)**2).sqrt()),
     'the mean is taken off, not its square': _together_but(var=lambda n,a,b: b/n-a/n),
     'the sums come back: divide by the number of rows':
-        _together_but(lambda n,a,b: a, lambda n,a,b: b-a**2),
+        _together_but(lambda n,a,b: a, lambda n,a,b: b),
     'the variance is a sum: divide by the number of rows':
         _together_but(var=lambda n,a,b: b-a**2/n),
     'the variance has the wrong sign': _together_but(var=lambda n,a,b: (a/n)**2-b/n),
